@@ -1,0 +1,110 @@
+"""What the loop trains on at (step, micro-batch): everything that is drawn follows from the seed, the step and the
+global sample index, so it is the same on any number of processes and after any resume."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import random_streams
+from .data import CaptionedPictures
+from .guidance import dropped_captions
+from .latent_cache import HiddenStates, Moments
+from .latents import sample_latents
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a micro-batch, on its device."""
+
+    latents: torch.Tensor  # (B, C, h, w) scaled
+    noise: torch.Tensor  # (B, C, h, w)
+    timesteps: torch.Tensor  # (B,) int64
+    encoder_hidden_states: torch.Tensor  # (B, L, D)
+
+
+class Batches:
+    """The training data in its drawn order.
+
+    Args:
+        pictures: rows, repeats and which rows are held out.
+        moments, hidden_states: the frozen networks' results.
+        vae_config: `vae.config`, for the latents' scale.
+        num_train_timesteps: T of the noise schedule.
+        seed, caption_dropout, random_flip: of the run.
+        micro_batch, accumulation, processes, process: pictures per micro-batch and process, micro-batches per
+            optimizer step, number of processes and which one this is.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self,
+        pictures: CaptionedPictures,
+        moments: Moments,
+        hidden_states: HiddenStates,
+        *,
+        vae_config,
+        num_train_timesteps: int,
+        seed: int,
+        caption_dropout: float,
+        random_flip: bool,
+        micro_batch: int,
+        accumulation: int = 1,
+        processes: int = 1,
+        process: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self._moments, self._hidden_states = moments, hidden_states
+        self._vae_config, self._num_train_timesteps = vae_config, num_train_timesteps
+        self._seed, self._caption_dropout, self._random_flip = seed, caption_dropout, random_flip
+        self._micro_batch, self._processes, self._process = micro_batch, processes, process
+        self._device = device
+        self._picture_count = len(pictures.captions)
+        trained = [row for row, held_out in enumerate(pictures.held_out) if not held_out]
+        self._epoch = [row for row in trained for _ in range(pictures.repeats[row])]
+        self.global_batch = micro_batch * accumulation * processes
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples in an epoch, repeats counted."""
+        return len(self._epoch)
+
+    def at(self, step: int, micro_step: int = 0) -> Batch:
+        """This process's share of micro-batch `micro_step` of optimizer step `step`, both counted from 0."""
+        whole = self.global_batch
+        first = (micro_step * self._processes + self._process) * self._micro_batch
+        mine = slice(first, first + self._micro_batch)
+        order = random_streams.data_order(self._seed, step * whole, whole, len(self._epoch))[mine]
+        rows = [self._epoch[i] for i in order.tolist()]
+
+        flipped = (self._uniform("flip", step)[mine] < 0.5) & self._random_flip
+        variants = [row + self._picture_count * flip for row, flip in zip(rows, flipped.tolist(), strict=True)]
+        mean, std = (moment.to(self._device) for moment in self._moments(variants))
+        shape = (whole, *mean.shape[1:])
+        latents = sample_latents(self._vae_config, mean, std, self._normal("posterior", step, shape)[mine])
+
+        timesteps = torch.randint(
+            self._num_train_timesteps, (whole,), generator=self._generator("timesteps", step, "cpu")
+        )[mine]
+        captions = self._draw_captions(rows, step, mine)
+        return Batch(
+            latents=latents,
+            noise=self._normal("noise", step, shape)[mine],
+            timesteps=timesteps.to(self._device),
+            encoder_hidden_states=self._hidden_states(captions).to(self._device),
+        )
+
+    def _draw_captions(self, rows: list[int], step: int, mine: slice) -> list[int]:
+        """Numbers of the captions, 0 (the empty one) where it is dropped."""
+        choice = self._uniform("caption", step)[mine].tolist()
+        dropped = dropped_captions(self._seed, step, self.global_batch, self._caption_dropout)[mine].tolist()
+        ids = [self._hidden_states.ids[row] for row in rows]
+        return [0 if drop else said[int(u * len(said))] for said, u, drop in zip(ids, choice, dropped, strict=True)]
+
+    def _generator(self, stream: str, step: int, device: torch.device | str) -> torch.Generator:
+        return random_streams.generator(self._seed, stream, step, device=device)
+
+    def _uniform(self, stream: str, step: int) -> torch.Tensor:
+        return torch.rand(self.global_batch, generator=self._generator(stream, step, "cpu"))
+
+    def _normal(self, stream: str, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator(stream, step, self._device), device=self._device)

@@ -1,0 +1,56 @@
+"""The ways from a command line into a function: tyro for the flags, one clear line for a user's mistake."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from .config import ConfigError, TrainConfig, preset, read_config
+
+
+def run_cli(main: Callable[[Any], None], config_type: type) -> None:
+    """Parse `config_type` from the command line and call `main(config)`."""
+    with user_errors():
+        main(tyro.cli(config_type))
+
+
+def run_training(main: Callable[[TrainConfig], None], argv: list[str] | None = None) -> None:
+    """Parse a TrainConfig, over `--preset NAME` or `--config FILE` where one is given, and call `main(config)`."""
+    with user_errors():
+        main(parse_train_config(argv))
+
+
+def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
+    """Flags over a config file over a preset over the defaults.
+
+    Raises:
+        ConfigError: an unknown preset, an unreadable file, or settings that make no sense together.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="emoji64")
+    first.add_argument("--config")
+    chosen, rest = first.parse_known_args(argv)
+    values = preset(chosen.preset) | (read_config(chosen.config) if chosen.config else {})
+    return tyro.cli(
+        TrainConfig,
+        default=TrainConfig(**values),
+        args=rest,
+        description=f"{TrainConfig.__doc__}\n\n--preset NAME and --config FILE set what the flags then change.",
+    )
+
+
+class user_errors:  # noqa: N801 - reads as a statement
+    """A ConfigError inside the block prints its one line and exits with status 2.
+
+    Anything else is a fault of ours and keeps its traceback.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, ConfigError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None

@@ -1,0 +1,230 @@
+"""Typed, frozen settings of a training run, their presets, and the checks that refuse what makes no sense."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A user's mistake: its message is one clear line that names the thing, the value it had and what it may be."""
+
+
+def packaged_checkpoint() -> str:
+    """The shipped checkpoint beside the package in a checkout; a plain relative path elsewhere."""
+    beside = Path(__file__).resolve().parent.parent / "checkpoints" / "emoji64"
+    return os.path.relpath(beside) if beside.is_dir() else "checkpoints/emoji64"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a latent text-to-image model. Without arguments: the embedded emoji, 64x64, from scratch."""
+
+    # ---- model
+    pretrained_model_name_or_path: str = field(default_factory=packaged_checkpoint)
+    """Folder or Hub id of a Stable-Diffusion-shaped model: VAE, text encoder and tokenizer come from it."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    variant: str | None = None
+    """Variant of its weight files, e.g. fp16."""
+    unet: str = "emoji64"
+    """"pretrained" to go on with the model's own UNet; else a preset with new weights, or the path of a config.json."""
+
+    # ---- data
+    train_data_dir: str | None = None
+    """A folder of pictures with a metadata.jsonl of lines {"file_name": ..., "text": ...}; without it and without
+    `dataset_name` the embedded emoji are trained."""
+    dataset_name: str | None = None
+    """A data set on the Hub, or the path of one."""
+    dataset_config_name: str | None = None
+    """Its configuration."""
+    dataset_split: str = "train"
+    """Its split."""
+    image_column: str = "image"
+    """Column of the pictures."""
+    caption_column: str = "text"
+    """Column of the captions: a string, or a list of which one is drawn each time."""
+    max_train_samples: int | None = None
+    """Use only the first so many pictures."""
+    max_rejected_fraction: float = 0.01
+    """The run stops before training where more of the pictures than this cannot be used."""
+    resolution: int | None = None
+    """Side of the square pictures in pixels; by default what the UNet and the VAE are made for."""
+    center_crop: bool = True
+    """Crop the middle after resizing the shorter side; else stretch the picture to the square."""
+    random_flip: bool = False
+    """Mirror pictures at random."""
+    held_out_fraction: float = 0.0
+    """Share of one's own pictures kept from training to measure the held-out loss; the emoji have a fixed split."""
+    cache_dir: str | None = None
+    """Where latents and hidden states are kept; by default latentdiff's cache folder."""
+    cache_latents: bool = True
+    """Run the frozen networks once, before training; off: in every step (slower, the same losses)."""
+
+    # ---- objective
+    caption_dropout: float = 0.1
+    """Probability of training a sample without its caption, drawn anew each time; what guidance needs."""
+    snr_gamma: float | None = None
+    """min-SNR weighting of the loss (arXiv 2303.09556); 5 is the paper's value."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    """Noise schedule of a UNet with new weights; a pretrained one keeps its own."""
+    beta_start: float = 0.00085
+    """Its first beta."""
+    beta_end: float = 0.02
+    """Its last beta: larger than Stable Diffusion's, since at 16x16 the mean of a latent, which is the background's
+    colour, would otherwise still show through the strongest noise, and sampling starts from pure noise."""
+
+    # ---- optimisation
+    seed: int = 0
+    """Of everything that is drawn."""
+    train_batch_size: int = 32
+    """Pictures per process and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    max_train_steps: int = 20_000
+    """Optimizer steps."""
+    num_train_epochs: int | None = None
+    """Passes over the data; where given, it decides the number of optimizer steps."""
+    learning_rate: float = 4e-4
+    """Peak of AdamW's learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "constant_with_warmup"
+    """Course of the learning rate over the optimizer steps."""
+    lr_warmup_steps: int = 200
+    """Optimizer steps of linear warm-up."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.99
+    """AdamW's second decay."""
+    adam_weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+    use_ema: bool = True
+    """Keep an exponential moving average of the weights, and save and validate with it."""
+    ema_decay: float = 0.999
+    """Its decay per optimizer step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the UNet's forward pass; weights, losses and averages stay in fp32."""
+
+    # ---- results
+    output_dir: str = "runs/emoji64"
+    """Checkpoints, logs, pictures and the finished model."""
+    checkpointing_steps: int = 1000
+    """Optimizer steps between checkpoints."""
+    checkpoints_total_limit: int | None = 2
+    """How many checkpoints are kept."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint's step or path, or "latest"."""
+    validation_prompts: tuple[str, ...] = ("a cat", "a red apple", "a rocket", "a house on a light blue background")
+    """Drawn at each validation under the averaged weights, always from the same noise."""
+    validation_steps: int = 1000
+    """Optimizer steps between validations: pictures and held-out loss."""
+    validation_inference_steps: int = 25
+    """DDIM steps of the validation pictures."""
+    validation_guidance_scale: float = 4.0
+    """Guidance of the validation pictures."""
+    report_to: str = "tensorboard"
+    """Tracker, as accelerate names it; "none" for no tracker."""
+    logging_steps: int = 50
+    """Optimizer steps between logged losses."""
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Precision of the finished model's weights."""
+    push_to_hub: bool = False
+    """Push the finished model."""
+    hub_model_id: str | None = None
+    """Repository to push to; by default the name of the output folder."""
+    hub_private: bool = False
+    """Make a new repository private."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        if self.train_data_dir and self.dataset_name:
+            raise ConfigError("train_data_dir and dataset_name: give one of them")
+        if self.train_data_dir and not Path(self.train_data_dir).is_dir():
+            raise ConfigError(f"train_data_dir: {self.train_data_dir!r} is no folder")
+        if self.hub_model_id and not self.push_to_hub:
+            raise ConfigError("hub_model_id: has no effect without --push_to_hub")
+
+    @property
+    def uses_emoji(self) -> bool:
+        """Whether the embedded data set is trained rather than pictures of one's own."""
+        return not (self.train_data_dir or self.dataset_name)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Pictures per optimizer step on one process."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    def save(self, path: Path) -> None:
+        """Write every setting as YAML; `--config PATH` starts the same run again."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
+                 "validation_steps", "logging_steps", "validation_inference_steps"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
+    for name in ("caption_dropout", "held_out_fraction", "max_rejected_fraction"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} is not within 0 and 1")
+    for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
+    if config.learning_rate <= 0:
+        raise ConfigError(f"learning_rate: {config.learning_rate} is not above 0")
+    if config.snr_gamma is not None and config.snr_gamma <= 0:
+        raise ConfigError(f"snr_gamma: {config.snr_gamma} is not above 0; leave it out for the plain loss")
+    if not 0 <= config.ema_decay < 1:
+        raise ConfigError(f"ema_decay: {config.ema_decay} is not in [0, 1)")
+
+
+# What differs from the defaults.
+PRESETS: dict[str, dict] = {
+    "emoji64": {},
+    "demo": {
+        "unet": "tiny", "max_train_samples": 96, "max_train_steps": 900, "lr_warmup_steps": 50,
+        "checkpointing_steps": 900, "validation_steps": 300, "output_dir": "demo-output/run", "report_to": "none",
+        "ema_decay": 0.99, "learning_rate": 1e-3,
+    },
+    "finetune": {
+        "unet": "pretrained", "learning_rate": 1e-5, "train_batch_size": 4,
+        "max_train_steps": 1000, "adam_weight_decay": 0.01, "adam_beta2": 0.999, "output_dir": "runs/finetune",
+        "validation_prompts": (),
+    },
+}  # fmt: skip
+
+
+def preset(name: str) -> dict:
+    """The settings of a preset.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset: {name!r} is unknown; it may be {', '.join(map(repr, PRESETS))}")
+    return PRESETS[name]
+
+
+def read_config(path: str) -> dict:
+    """The settings in a YAML file that `TrainConfig.save` or a person wrote.
+
+    Raises:
+        ConfigError: the file is missing or holds a setting that does not exist.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config: {path!r} cannot be read ({str(error).splitlines()[0]})") from None
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):
+        what = f"has no setting named {unknown[0]!r}" if isinstance(values, dict) else "is no list of settings"
+        raise ConfigError(f"config: {path!r} {what}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -1,0 +1,213 @@
+"""Pictures with captions, decoded, checked and brought to one size; every bad file is named and none ends the run.
+
+A data set here is three things: rows, each with captions; `image(row)`, an RGB picture of the final size; and how often
+a row stands in an epoch. The embedded emoji and pictures of one's own look the same from here on.
+"""
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image, ImageOps
+
+from . import emoji
+from .config import ConfigError, TrainConfig
+from .random_streams import fraction
+
+logger = logging.getLogger(__name__)
+
+# What Pillow raises on files that are no whole pictures, or far too large ones.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class CaptionedPictures(Protocol):
+    """What the cache and the training loop need of a data set."""
+
+    captions: Sequence[Sequence[str]]
+    """For each row the captions of which one is drawn each time."""
+    repeats: Sequence[int]
+    """How often each row stands in an epoch."""
+    held_out: Sequence[bool]
+    """Rows that are never trained on."""
+
+    def image(self, row: int) -> Image.Image:
+        """The row's picture, RGB, of the final size."""
+
+
+# -------------------------------------------------------------------------------------------------- emoji
+
+
+class EmojiPictures:
+    """emoji64 as captioned pictures: each of the default set on white and on the twelve colours.
+
+    White counts as many times as six colours together, since a prompt that names no background means white. Held-out
+    emoji are held out on white; held-out pairs of emoji and colour are not in the set at all.
+
+    Args:
+        max_train_samples: keep only the first so many trained pictures of emoji (on all their backgrounds).
+        captions_on_white, captions_on_colour: how many of the ways to say a picture are kept.
+    """
+
+    def __init__(self, max_train_samples: int | None = None, captions_on_white: int = 8, captions_on_colour: int = 2):
+        self._set = emoji.load()
+        self._rows: list[tuple[int, str]] = []
+        self.captions, self.repeats, self.held_out = [], [], []
+        for index in self._set.indices()[:max_train_samples]:
+            concept, style = self._set.rows[index]
+            for colour in emoji.BACKGROUNDS:
+                if not concept.pair_held_out(colour):
+                    on_white = colour == "white"
+                    count = captions_on_white if on_white else captions_on_colour
+                    said = emoji.training_captions(concept, style, colour, count)
+                    self._add(index, colour, said, repeats=6 if on_white else 1)
+        for index in self._set.indices(held_out=True):
+            self._add(index, "white", emoji.captions(*self._set.rows[index])[1:2], repeats=1, held_out=True)
+
+    def _add(self, index: int, colour: str, captions: list[str], repeats: int, held_out: bool = False) -> None:
+        self._rows.append((index, colour))
+        self.captions.append(captions)
+        self.repeats.append(repeats)
+        self.held_out.append(held_out)
+
+    def image(self, row: int) -> Image.Image:
+        """64x64 RGB."""
+        return self._set.composite(*self._rows[row])
+
+
+# -------------------------------------------------------------------------------------- pictures of one's own
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A picture that cannot be used, and why."""
+
+    file: str
+    reason: str
+
+
+class OwnPictures:
+    """A folder with metadata.jsonl, or a data set on the Hub, read through `datasets`.
+
+    Args:
+        config: names the data, its columns and the transform.
+        resolution: side of the pictures in pixels.
+
+    Raises:
+        ConfigError: the data or a column is not there, or more than `max_rejected_fraction` of the pictures cannot be
+            used; they are listed in `rejected.jsonl` in the output folder either way.
+    """
+
+    def __init__(self, config: TrainConfig, resolution: int):
+        self._config, self._resolution = config, resolution
+        self._data = _load_dataset(config)
+        for name in (config.image_column, config.caption_column):
+            if name not in self._data.column_names:
+                raise ConfigError(
+                    f"no column {name!r} in the data; it has {', '.join(map(repr, self._data.column_names))} "
+                    "(image_column and caption_column name them; a folder needs a metadata.jsonl)"
+                )
+        self._rows, self.captions, self.held_out = [], [], []
+        rejected = []
+        count = min(len(self._data), config.max_train_samples or len(self._data))
+        for row in range(count):
+            problem = self._problem(row)
+            if problem:
+                rejected.append(Rejected(self._name(row), problem))
+                continue
+            self._rows.append(row)
+            self.captions.append(_as_list(self._data[row][config.caption_column]))
+            self.held_out.append(fraction("held out", self._name(row)) < config.held_out_fraction)
+        self.repeats = [1] * len(self._rows)
+        _report(rejected, count, config)
+        if all(self.held_out):
+            raise ConfigError(
+                f"no picture is left to train on: {count} read, {len(rejected)} rejected, the rest held out"
+            )
+
+    def image(self, row: int) -> Image.Image:
+        """(resolution, resolution) RGB."""
+        return fit(self._decode(self._rows[row]), self._resolution, self._config.center_crop)
+
+    def _name(self, row: int) -> str:
+        return self._data[row][self._config.image_column].get("path") or f"row {row}"
+
+    def _decode(self, row: int) -> Image.Image:
+        stored = self._data[row][self._config.image_column]
+        source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return upright_rgb(Image.open(source))
+
+    def _problem(self, row: int) -> str | None:
+        captions = [
+            c for c in _as_list(self._data[row][self._config.caption_column]) if isinstance(c, str) and c.strip()
+        ]
+        if not captions:
+            return "its caption is missing"
+        try:
+            self._decode(row)
+        except UNREADABLE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"it cannot be read as a picture ({reason})"
+        return None
+
+
+def _load_dataset(config: TrainConfig):
+    """The data with undecoded pictures, so that one broken file does not end the reading of the others."""
+    import datasets
+
+    where = config.train_data_dir or config.dataset_name
+    try:
+        if config.train_data_dir:
+            data = datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, split="train")
+        else:
+            data = datasets.load_dataset(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
+    except Exception as error:  # datasets raises many kinds for a missing or malformed set
+        name = "train_data_dir" if config.train_data_dir else "dataset_name"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{name}: {where!r} cannot be read ({reason})") from error
+    if config.image_column in data.column_names:
+        data = data.cast_column(config.image_column, datasets.Image(decode=False))
+    return data
+
+
+def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
+    if not rejected:
+        return
+    path = Path(config.output_dir) / "rejected.jsonl"
+    path.write_text("".join(json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejected))
+    first = f"{rejected[0].file}: {rejected[0].reason}"
+    if len(rejected) > config.max_rejected_fraction * count:
+        raise ConfigError(
+            f"{len(rejected)} of {count} pictures cannot be used, more than max_rejected_fraction = "
+            f"{config.max_rejected_fraction}; the first is {first}; all are in {path}"
+        )
+    logger.warning("%d of %d pictures are left out; the first is %s; all are in %s", len(rejected), count, first, path)
+
+
+def _as_list(captions) -> list:
+    return list(captions) if isinstance(captions, (list, tuple)) else [captions]
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode.startswith("I;16") or image.mode == "I":
+        image = image.point(lambda value: value / 256).convert("L")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, resolution: int, center_crop: bool = True) -> Image.Image:
+    """A square of `resolution` pixels: the middle, after resizing the shorter side, or the whole picture stretched."""
+    size = (resolution, resolution)
+    if center_crop:
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.LANCZOS)

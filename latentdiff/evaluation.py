@@ -1,0 +1,432 @@
+"""Does the model draw what the prompt says? Prompt retrieval, and composition on pairs that were never trained on.
+
+An independent network looks at each drawn picture and searches the real pictures of the caption's style for the
+nearest one (cosine of features, mean-centred on the gallery). R@k is the share that finds the caption's own picture
+among the first k. The real pictures of the other style give the ceiling, shuffled captions the floor.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from . import efficientnet_lite, emoji
+from .config import ConfigError
+from .latents import to_pixels
+
+FEATURE_BATCH = 32
+FRAME = 2  # pixels of border at 64x64, in proportion at other sizes
+# RGB distance under which a pixel counts as background: below half the distance of any two named colours (87).
+BACKGROUND_TOLERANCE = 40.0
+
+
+class FeatureNetwork(Protocol):
+    """What judges pictures: a name to quote, and features (B, D) of pictures (B, 3, H, W) in [-1, 1]."""
+
+    name: str
+
+    def features(self, images: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """How pictures are drawn; picture i starts from the noise of seed + i, whatever the batch size."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """R@1 and R@10, shares in [0, 1]."""
+
+    at_1: float
+    at_10: float
+
+    def __str__(self) -> str:
+        return f"R@1 {self.at_1:.3f}  R@10 {self.at_10:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What has to be quoted with any number: how many pictures, which sampler, which network looked at them."""
+
+    count: int
+    gallery_size: int
+    """Real pictures in each style's gallery."""
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    network: str
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """Write all numbers as JSON; a file that is there is replaced whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+    def _conditions(self) -> str:
+        return (
+            f"{self.count} pictures, {self.sampler} with {self.num_inference_steps} steps, guidance scale "
+            f"{self.guidance_scale:g}, seed {self.seed}; galleries of {self.gallery_size}; {self.network}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalResult(Measurement):
+    """Prompt retrieval of drawn pictures between its ceiling and its floor, all on the same captions."""
+
+    drawn: Recall
+    ceiling: Recall
+    """The real picture of the same emoji in the other style, in the same galleries."""
+    floor: Recall
+    """The drawn pictures, each taken for that of another caption of its style."""
+
+    def __str__(self) -> str:
+        rows = [f"{name:<8}{getattr(self, name)}" for name in ("drawn", "ceiling", "floor")]
+        return "\n".join([*rows, self._conditions()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackgroundsResult(Measurement):
+    """Composition: emoji on backgrounds that training never put them on, beside some that it did."""
+
+    colour_held_out: float
+    """Share of held-out pairs whose border has the colour asked for."""
+    colour_seen: float
+    held_out: Recall
+    """Retrieval of the held-out pairs, background masked to white."""
+    seen: Recall
+    """The same emoji and styles on backgrounds that training may use."""
+    real: Recall
+    """The real pictures of the held-out pairs through the same mask: what masking alone costs."""
+
+    def __str__(self) -> str:
+        rows = [
+            f"held out  colour {self.colour_held_out:.3f}  {self.held_out}",
+            f"seen      colour {self.colour_seen:.3f}  {self.seen}",
+            f"real      {'':12}  {self.real}",
+        ]
+        return "\n".join([*rows, self._conditions()])
+
+
+# ---------------------------------------------------------------------------------------------------- retrieval
+
+
+def found_at(queries: torch.Tensor, gallery: torch.Tensor, target_index: torch.Tensor, k: int) -> torch.Tensor:
+    """For each query, the chance that its target is among its k nearest in the gallery: (N,) float64 in [0, 1].
+
+    Nearest by the cosine of features centred on the gallery's mean. It is 0 or 1 unless others are exactly as near as
+    the target, when it is the chance under a random order of the equals: a model that always draws one thing gains
+    nothing. A query with features that are not finite finds nothing.
+
+    Args:
+        queries: features (N, D). gallery: features (M, D).
+        target_index: (N,) int64, the row of the gallery that each query should find.
+        k: from 1 to M.
+
+    Raises:
+        ValueError: k out of range, or as many targets as queries are not there.
+    """
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k is {k}; the gallery has {len(gallery)} pictures")
+    if target_index.shape != queries.shape[:1]:
+        raise ValueError(f"{len(queries)} queries need as many targets, not {tuple(target_index.shape)}")
+    mean = gallery.double().mean(dim=0)
+    unit_queries = F.normalize(queries.double() - mean, dim=1)
+    unit_gallery = F.normalize(gallery.double() - mean, dim=1)
+    similarity = unit_queries @ unit_gallery.T
+    target = similarity.gather(1, target_index[:, None])
+    nearer = (similarity > target).sum(dim=1)
+    equal = (similarity == target).sum(dim=1).clamp(min=1)
+    chance = ((k - nearer) / equal).double().clamp(0, 1)
+    return torch.where(target[:, 0].isfinite(), chance, 0.0)
+
+
+def recall_at(queries: torch.Tensor, gallery: torch.Tensor, target_index: torch.Tensor, k: int) -> float:
+    """R@k: the mean of `found_at`, a share in [0, 1]."""
+    return found_at(queries, gallery, target_index, k).mean().item()
+
+
+@dataclass(frozen=True)
+class Galleries:
+    """Features of the default set's real pictures on white, held-out emoji among them: a gallery for each style."""
+
+    features: dict[str, torch.Tensor]
+    """Style -> (M, D)."""
+    rows: dict[str, dict[str, int]]
+    """Style -> emoji's key -> row in the gallery."""
+
+    def recall(self, queries: torch.Tensor, asked: Sequence[tuple[emoji.Concept, str]]) -> Recall:
+        """R@1 and R@10 of features (N, D), each searched in the gallery of the style asked for."""
+        found = {1: [], 10: []}
+        for style, gallery in self.features.items():
+            mine = [i for i, (_, asked_style) in enumerate(asked) if asked_style == style]
+            targets = torch.tensor([self.rows[style][asked[i][0].key] for i in mine], dtype=torch.long)
+            for k, chances in found.items():
+                chances.append(found_at(queries[mine], gallery, targets, min(k, len(gallery))))
+        at_1, at_10 = (torch.cat(chances).mean().item() for chances in found.values())
+        return Recall(at_1=at_1, at_10=at_10)
+
+    def real(self, asked: Sequence[tuple[emoji.Concept, str]]) -> torch.Tensor:
+        """The real pictures' own features (N, D) for (emoji, style) pairs."""
+        return torch.stack([self.features[style][self.rows[style][concept.key]] for concept, style in asked])
+
+
+def extract_features(network: FeatureNetwork, images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size -> (N, D) float32 on the CPU."""
+    starts = tqdm(range(0, len(images), FEATURE_BATCH), desc="looking at pictures", unit="batch")
+    batches = [network.features(to_pixels(images[i : i + FEATURE_BATCH])).float().cpu() for i in starts]
+    return torch.cat(batches)
+
+
+def build_galleries(network: FeatureNetwork, pictures: emoji.EmojiSet) -> Galleries:
+    """Look at every picture of the default set, both styles."""
+    indices = pictures.indices(held_out=None)
+    features = extract_features(network, [pictures.composite(i) for i in indices])
+    by_style, rows = {}, {}
+    for style in emoji.STYLES:
+        mine = [n for n, i in enumerate(indices) if pictures.rows[i][1] == style]
+        by_style[style] = features[mine]
+        rows[style] = {pictures.rows[indices[n]][0].key: row for row, n in enumerate(mine)}
+    return Galleries(by_style, rows)
+
+
+# ------------------------------------------------------------------------------------------------------ drawing
+
+
+def draw(pipeline: Callable[..., Any], prompts: Sequence[str], settings: DrawSettings) -> list[Image.Image]:
+    """One RGB picture for each prompt, in batches; picture i has a generator of its own, seeded with seed + i."""
+    drawn = []
+    with tqdm(total=len(prompts), desc="drawing", unit="picture") as progress:
+        for start in range(0, len(prompts), settings.batch_size):
+            batch = list(prompts[start : start + settings.batch_size])
+            seeds = range(settings.seed + start, settings.seed + start + len(batch))
+            output = pipeline(
+                batch,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # of the CPU: the same everywhere
+                output_type="pil",
+            )
+            drawn += [image.convert("RGB") for image in output.images]
+            progress.update(len(batch))
+    return drawn
+
+
+def plain_caption(concept: emoji.Concept, style: str, colour: str = "white") -> str:
+    """The plainest training caption that names the style: "a cat, twemoji style, on a blue background"."""
+    return emoji.captions(concept, style, colour)[1]
+
+
+def other_style(style: str) -> str:
+    """The style that gives the ceiling: the next of `emoji.STYLES`, in a circle."""
+    return emoji.STYLES[(emoji.STYLES.index(style) + 1) % len(emoji.STYLES)]
+
+
+def _in_fixed_order(items: Sequence[Any], key: Callable[[Any], str]) -> list[Any]:
+    """A shuffle that depends on the names alone, so that a larger count only adds to a smaller one's pictures."""
+    return sorted(items, key=lambda item: hashlib.sha256(key(item).encode()).digest())
+
+
+def _take(items: Sequence[Any], count: int, what: str) -> list[Any]:
+    if not 4 <= count <= len(items):  # two of each style are the fewest that can be shuffled
+        raise ConfigError(f"count is {count}; it must be from 4 to {len(items)}, the number of {what}")
+    return list(items[:count])
+
+
+def _measured(pipeline: Any, network: FeatureNetwork, galleries: Galleries, settings: DrawSettings) -> dict[str, Any]:
+    """The fields that say how a result came about, but for `count`."""
+    return {
+        "gallery_size": len(galleries.features[emoji.STYLES[0]]),
+        "sampler": type(pipeline.scheduler).__name__,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "seed": settings.seed,
+        "network": network.name,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- measures
+
+
+def training_queries(pictures: emoji.EmojiSet) -> list[tuple[emoji.Concept, str]]:
+    """Every trained (emoji, style), in a fixed order: each emoji once with styles alternating, then in the others."""
+    trained = {pictures.rows[i][0].key: pictures.rows[i][0] for i in pictures.indices()}
+    order = _in_fixed_order(list(trained.values()), key=lambda concept: concept.key)
+    styles = emoji.STYLES
+    return [(c, styles[(i + turn) % len(styles)]) for turn in range(len(styles)) for i, c in enumerate(order)]
+
+
+def retrieval(
+    pipeline: Callable[..., Any],
+    *,
+    count: int = 500,
+    settings: DrawSettings | None = None,
+    network: FeatureNetwork | None = None,
+    pictures: emoji.EmojiSet | None = None,
+) -> RetrievalResult:
+    """Prompt retrieval on training captions of the embedded default, such as "a cat, twemoji style".
+
+    Args:
+        pipeline: called as diffusers' text-to-image pipelines; has a `scheduler`.
+        count: captions, half of each style; at least 500 for numbers to quote.
+        settings: how pictures are drawn.
+        network: what judges them; EfficientNet-Lite0 by default.
+        pictures: the real ones; the built default set by default.
+
+    Raises:
+        ConfigError: a count that the set does not have, or a missing package.
+    """
+    settings, network, pictures = (
+        settings or DrawSettings(),
+        network or efficientnet_lite.load(),
+        pictures or emoji.load(),
+    )
+    asked = _take(training_queries(pictures), count, "training captions that name a style")
+    images = draw(pipeline, [plain_caption(*row) for row in asked], settings)
+    galleries = build_galleries(network, pictures)
+    drawn = extract_features(network, images)
+    others = galleries.real([(concept, other_style(style)) for concept, style in asked])
+    return RetrievalResult(
+        count=count,
+        drawn=galleries.recall(drawn, asked),
+        ceiling=galleries.recall(others, asked),
+        floor=galleries.recall(drawn, _shuffled(asked)),
+        **_measured(pipeline, network, galleries, settings),
+    )
+
+
+def _shuffled(asked: Sequence[tuple[emoji.Concept, str]]) -> list[tuple[emoji.Concept, str]]:
+    """Each caption replaced by the next one of its own style (their order is random): none keeps its own."""
+    following = {}
+    for style in emoji.STYLES:
+        mine = [i for i, (_, asked_style) in enumerate(asked) if asked_style == style]
+        following |= dict(zip(mine, mine[1:] + mine[:1], strict=True))
+    return [asked[following[i]] for i in range(len(asked))]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An (emoji, style, background) to draw."""
+
+    concept: emoji.Concept
+    style: str
+    colour: str
+    index: int = field(compare=False)
+    """Row of the emoji set that holds the picture."""
+
+    @property
+    def name(self) -> str:
+        """What the fixed order is made from."""
+        return f"{self.concept.key}|{self.style}|{self.colour}"
+
+
+def composition_pairs(pictures: emoji.EmojiSet) -> list[tuple[Pair, Pair]]:
+    """Every pair kept from training, in a fixed order, each beside a trained pair of the same emoji and style."""
+    both = []
+    for index in pictures.indices():
+        concept, style = pictures.rows[index]
+        pairs = [Pair(concept, style, colour, index) for colour in emoji.COLOURS]
+        free = [pair for pair in pairs if not concept.pair_held_out(pair.colour)]
+        kept = [pair for pair in pairs if concept.pair_held_out(pair.colour)]
+        # Another free colour for each one held out; an emoji with more held-out colours than free ones is cut short.
+        both += zip(kept, _in_fixed_order(free, key=lambda pair: pair.name), strict=False)
+    return _in_fixed_order(both, key=lambda held_out_and_seen: held_out_and_seen[0].name)
+
+
+def backgrounds(
+    pipeline: Callable[..., Any],
+    *,
+    count: int = 240,
+    settings: DrawSettings | None = None,
+    network: FeatureNetwork | None = None,
+    pictures: emoji.EmojiSet | None = None,
+) -> BackgroundsResult:
+    """Composition: "a cat, twemoji style, on a blue background" where training never put that emoji on that colour.
+
+    `count` held-out pairs and as many seen ones, of the same emoji and styles and from the same noise, are drawn. Each
+    gives the name of its border's colour, and is looked up, its background masked to white, among the real pictures.
+    The arguments and errors are those of `retrieval`.
+    """
+    settings, network, pictures = (
+        settings or DrawSettings(),
+        network or efficientnet_lite.load(),
+        pictures or emoji.load(),
+    )
+    both = _take(composition_pairs(pictures), count, "held-out pairs of emoji, style and background")
+    held_out, seen = map(list, zip(*both, strict=True))
+    held_out_images, seen_images = (
+        draw(pipeline, [plain_caption(p.concept, p.style, p.colour) for p in pairs], settings)
+        for pairs in (held_out, seen)
+    )
+    galleries = build_galleries(network, pictures)
+
+    def masked_recall(images: list[Image.Image]) -> Recall:
+        features = extract_features(network, [mask_background(image) for image in images])
+        return galleries.recall(features, [(pair.concept, pair.style) for pair in held_out])
+
+    return BackgroundsResult(
+        count=count,
+        colour_held_out=_colour_share(held_out_images, held_out),
+        colour_seen=_colour_share(seen_images, seen),
+        held_out=masked_recall(held_out_images),
+        seen=masked_recall(seen_images),
+        real=masked_recall([pictures.composite(pair.index, pair.colour) for pair in held_out]),
+        **_measured(pipeline, network, galleries, settings),
+    )
+
+
+def _colour_share(images: Sequence[Image.Image], asked: Sequence[Pair]) -> float:
+    right = [nearest_colour(border_colour(image)) == pair.colour for image, pair in zip(images, asked, strict=True)]
+    return sum(right) / len(right)
+
+
+# -------------------------------------------------------------------------------------------------- backgrounds
+
+
+def border_colour(image: Image.Image) -> np.ndarray:
+    """The median RGB (3,) float64 of the frame, 2 pixels wide at 64x64."""
+    pixels = np.asarray(image.convert("RGB"))
+    width = max(1, round(FRAME * min(image.size) / emoji.RESOLUTION))
+    inside = np.zeros(pixels.shape[:2], dtype=bool)
+    inside[width:-width, width:-width] = True
+    return np.median(pixels[~inside], axis=0)
+
+
+def nearest_colour(rgb: np.ndarray) -> str:
+    """The name in `emoji.BACKGROUNDS`, white among them, that is nearest in RGB."""
+    return min(emoji.BACKGROUNDS, key=lambda name: float(np.linalg.norm(rgb - np.array(emoji.BACKGROUNDS[name]))))
+
+
+def mask_background(image: Image.Image) -> Image.Image:
+    """The picture with its background white: pixels of about the border's colour that connect to the border."""
+    pixels = np.array(image.convert("RGB"))
+    near = np.linalg.norm(pixels - border_colour(image), axis=2) <= BACKGROUND_TOLERANCE
+    # One more pixel of background all around joins all parts of the border, so that one fill reaches them.
+    # The copy can be written to; on an array's own memory Pillow's fill does nothing and says nothing.
+    flood = Image.fromarray(np.pad(near, 1, constant_values=True).astype(np.uint8)).copy()
+    ImageDraw.floodfill(flood, (0, 0), 2)
+    pixels[np.asarray(flood)[1:-1, 1:-1] == 2] = 255
+    return Image.fromarray(pixels)

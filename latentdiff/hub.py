@@ -1,0 +1,184 @@
+"""To the Hub: a model card, and a folder pushed whole. A push that fails says why in one line, never with the token."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from .config import ConfigError
+
+PICTURES_PER_ROW = 4
+
+
+class PushError(ConfigError):
+    """A push that did not happen; the message is one line that says why and what to do."""
+
+
+# ---- the model card -------------------------------------------------------------------------------------------------
+
+
+def model_card(
+    name: str,
+    *,
+    license: str,
+    repo_id: str | None = None,
+    description: str = "",
+    samples: Mapping[str, str] | None = None,
+    training_command: str = "",
+    sampler: str = "",
+    data: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+    curves: Sequence[str] = (),
+    limits: Sequence[str] = (),
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """Build the README.md of a saved folder; `.save(folder / "README.md")` writes it. What is not given has no section.
+
+    Args:
+        license: the Hub's identifier, such as "apache-2.0" or "cc-by-sa-4.0".
+        repo_id: where the folder will live, for the lines that load it.
+        samples: picture file -> its prompt. This and `curves` (picture files) are paths inside the folder.
+        sampler: in words, with steps and guidance: what drew the samples and what the metrics were measured with.
+        data: each data set -> its licence and credit.
+        metrics: name -> value; a name should say the number of pictures and the network that judges them.
+        base_model: the Hub model that training started from; None from scratch.
+        datasets: Hub data sets, by id.
+
+    Raises:
+        ValueError: a picture's path that is not inside the folder.
+    """
+    samples = dict(samples or {})
+    for path in (*samples, *curves):
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
+    sections = {
+        "Samples": _picture_table(samples),
+        "Use": _usage(repo_id or "path/to/this/folder", next(iter(samples.values()), "a cat")),
+        "Sampler": sampler,
+        "Metrics": _table(("measure", "value"), (metrics or {}).items()),
+        "Training": _code("bash", training_command) if training_command else "",
+        "Curves": "\n\n".join(f"![{PurePosixPath(path).stem}]({quote(path)})" for path in curves),
+        "Data, licences and credits": _table(("data", "licence and credit"), (data or {}).items()),
+        "Limits": "\n".join(f"- {limit}" for limit in limits),
+    }
+    front = ModelCardData(
+        language="en",
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["latentdiff", "diffusers", "stable-diffusion", "text-to-image", *tags],
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        widget=[{"text": prompt, "output": {"url": path}} for path, prompt in samples.items()] or None,
+    )
+    body = [f"# {name}", description, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]
+    return ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n")
+
+
+def _usage(source: str, prompt: str) -> str:
+    """The three ways to load the folder, which all draw the same picture."""
+    source, prompt = (json.dumps(text, ensure_ascii=False) for text in (source, prompt))
+    ways = [
+        ("With latentdiff", "latentdiff", "LatentDiffPipeline", ""),
+        ("With diffusers alone", "diffusers", "StableDiffusionPipeline", ""),
+        (
+            "With diffusers, and the pipeline and schedulers that this folder carries",
+            "diffusers",
+            "DiffusionPipeline",
+            f", custom_pipeline={source}, trust_remote_code=True",
+        ),
+    ]
+    blocks = []
+    for title, package, pipeline, options in ways:
+        load = f"from {package} import {pipeline}\n\npipe = {pipeline}.from_pretrained({source}{options})"
+        blocks.append(f"{title}:\n\n" + _code("python", f"{load}\npipe({prompt}).images[0]"))
+    return "\n\n".join(blocks)
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; nothing without rows."""
+    lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    rule = "|" + " --- |" * len(head)
+    return "\n".join(["| " + " | ".join(head) + " |", rule, *lines]) if lines else ""
+
+
+def _cell(value: object) -> str:
+    return " ".join((f"{value:.4g}" if isinstance(value, float) else str(value)).split()).replace("|", "\\|")
+
+
+def _picture_table(samples: Mapping[str, str]) -> str:
+    """Pictures in rows, each over its prompt."""
+    items, tables = list(samples.items()), []
+    for start in range(0, len(items), PICTURES_PER_ROW):
+        row = items[start : start + PICTURES_PER_ROW]
+        pictures = [f"![]({quote(path)})" for path, _ in row]
+        tables.append(_table(pictures, [[prompt for _, prompt in row]]))
+    return "\n\n".join(tables)
+
+
+# ---- the push -------------------------------------------------------------------------------------------------------
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with latentdiff",
+) -> str:
+    """Push everything in `folder` to the model repository `repo_id`, created if need be, and return the commit's URL.
+
+    Args:
+        token: with the right to write; by default HF_TOKEN or that of `hf auth login`.
+        revision: the branch, created if need be; by default main.
+
+    Raises:
+        PushError: no folder, no token, a refused one, a bad name, or no way to the Hub.
+    """
+    if not Path(folder).is_dir():
+        raise PushError(f"{folder} is not a folder: nothing to push")
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise PushError(f"no token to push to {repo_id} with: set HF_TOKEN, or run `hf auth login`")
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        # `from None`: the chain would print the library's own message, which may quote the request's headers.
+        raise PushError(_explain(error, repo_id).replace(token, "<token>")) from None
+    return commit.commit_url
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """One line on why pushing to `repo_id` failed."""
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is no repository name: write it as user/name, with letters, digits, '-', '_' and '.'"
+    if isinstance(error, HfHubHTTPError):
+        return f"not pushed to {repo_id}: {_refusal(error)}"
+    if isinstance(error, HTTPError | ConnectionError):
+        return f"not pushed to {repo_id}: {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    return f"not pushed to {repo_id}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _refusal(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return f"the Hub does not know this token (401); see {constants.ENDPOINT}/settings/tokens"
+    if status == 403:
+        return "this token may not write there (403); it needs the write permission"
+    return f"the Hub answered {status}: {' '.join((error.server_message or '').split())}"

@@ -1,0 +1,57 @@
+"""Pixels <-> raw moments <-> scaled latents: the one training-side home of the VAE's `scaling_factor` and shift.
+
+Names follow the way of the data: *pixels* are (B, 3, H, W) in [-1, 1]; *raw moments* are the mean and standard
+deviation of the VAE's posterior, unscaled, as the cache keeps them; *latents* are drawn, shifted and scaled, as the
+UNet sees them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+
+def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size -> (B, 3, H, W) float32 in [-1, 1]."""
+    array = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] (what is outside is clipped) -> RGB pictures."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(row) for row in array]
+
+
+def downsampling_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent along a side: every block but the last halves it."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 3, H, W) pixels -> raw posterior mean and standard deviation, each (B, C, H/f, W/f) float32."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def sample_latents(vae_config, mean: torch.Tensor, std: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
+    """Draw from the posterior and bring it to the UNet's scale: (mean + std * noise - shift) * scaling_factor.
+
+    Args:
+        vae_config: `vae.config`; `shift_factor` may be None or absent.
+        mean, std: raw moments, (B, C, h, w).
+        posterior_noise: standard normal, the same shape.
+    """
+    shift = getattr(vae_config, "shift_factor", None) or 0.0
+    return (mean + std * posterior_noise - shift) * vae_config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (B, C, h, w) -> (B, 3, H, W) pixels, about in [-1, 1]."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    raw = latents / vae.config.scaling_factor + shift
+    return vae.decode(raw.to(vae.device, vae.dtype)).sample.float()

@@ -1,0 +1,156 @@
+"""Build, load and freeze the three networks: VAE, CLIP text encoder, UNet."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .config import ConfigError
+
+# Text reaches the UNet twice: by cross-attention, and pooled into the time embedding (addition_embed_type="text"),
+# which makes a small UNet follow words long before cross-attention alone does. The finest grid has no attention.
+_SMALL_UNET = {
+    "layers_per_block": 1,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 6,
+}
+UNET_PRESETS = {
+    "emoji64": {
+        **_SMALL_UNET,
+        "block_out_channels": (64, 128, 192),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+    },
+    "tiny": {
+        **_SMALL_UNET,
+        "block_out_channels": (32, 64, 96),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 2,
+    },
+}
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What is run once and never trained."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+
+    def to(self, device: torch.device | str) -> "FrozenParts":
+        """Move both networks."""
+        self.vae.to(device)
+        self.text_encoder.to(device)
+        return self
+
+
+def load_frozen(path: str, revision: str | None = None, variant: str | None = None) -> FrozenParts:
+    """VAE, text encoder and tokenizer of a Stable-Diffusion-shaped folder or Hub id, in fp32, eval mode, no gradients.
+
+    Raises:
+        ConfigError: one of them is not there or cannot be read.
+    """
+    parts = {}
+    for name, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("tokenizer", CLIPTokenizer)):
+        options = {"subfolder": name, "revision": revision}
+        if kind is not CLIPTokenizer:
+            options |= {"variant": variant or _variant_of(path, name), "use_safetensors": True}
+        parts[name] = _load(kind, path, options)
+    return FrozenParts(freeze(parts["vae"].float()), freeze(parts["text_encoder"].float()), parts["tokenizer"])
+
+
+def load_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNet2DConditionModel:
+    """The UNet of a Stable-Diffusion-shaped folder or Hub id, in fp32, to go on training.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+    """
+    variant = variant or _variant_of(path, "unet")
+    options = {"subfolder": "unet", "revision": revision, "variant": variant, "use_safetensors": True}
+    return _load(UNet2DConditionModel, path, options).float()
+
+
+def _variant_of(path: str, name: str) -> str | None:
+    """ "fp16" where a local folder holds only that variant of the part's weights."""
+    weights = [file.name for file in (Path(path) / name).glob("*.safetensors")]
+    return "fp16" if weights and all(".fp16." in file for file in weights) else None
+
+
+def _load(kind, path: str, options: dict):
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError, TypeError) as error:
+        first_line = str(error).strip().split("\n")[0][:300]
+        raise ConfigError(
+            f"pretrained_model_name_or_path: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
+        ) from error
+
+
+def build_unet(
+    preset: str, *, latent_channels: int, sample_size: int, cross_attention_dim: int, seed: int
+) -> UNet2DConditionModel:
+    """A UNet with new weights.
+
+    Args:
+        preset: a key of `UNET_PRESETS`, or the path of a JSON file with arguments of `UNet2DConditionModel`.
+        latent_channels, sample_size, cross_attention_dim: what the VAE and the text encoder fix.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: unknown preset.
+    """
+    if preset in UNET_PRESETS:
+        arguments = UNET_PRESETS[preset]
+    elif preset.endswith(".json") and Path(preset).is_file():
+        arguments = {k: v for k, v in json.loads(Path(preset).read_text()).items() if not k.startswith("_")}
+    else:
+        raise ConfigError(
+            f"unet: {preset!r} is unknown; it may be 'pretrained', {', '.join(map(repr, UNET_PRESETS))}, "
+            "or the path of a UNet's config.json"
+        )
+    fixed = {
+        "in_channels": latent_channels,
+        "out_channels": latent_channels,
+        "sample_size": sample_size,
+        "cross_attention_dim": cross_attention_dim,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # diffusers draws initial weights from the global generator
+        return UNet2DConditionModel(**{**arguments, **fixed})
+
+
+def freeze(module: torch.nn.Module) -> torch.nn.Module:
+    """Eval mode and no gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of the weights' names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_prompt(parts: FrozenParts, captions: list[str]) -> torch.Tensor:
+    """Captions -> the text encoder's last hidden states (B, L, D) float32, padded and cut to the tokenizer's length."""
+    tokens = parts.tokenizer(
+        captions,
+        padding="max_length",
+        max_length=parts.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    encoder = parts.text_encoder
+    # Stable Diffusion 2's encoders ask for the attention mask; the others are called without one.
+    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask).last_hidden_state.float()

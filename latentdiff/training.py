@@ -1,0 +1,366 @@
+"""What stands around the loop of train_text2img.py: set-up before it, logs and validation in it, the model after it."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from . import emoji
+from .batches import Batches
+from .config import ConfigError, TrainConfig
+from .data import CaptionedPictures, EmojiPictures, OwnPictures
+from .ema import EMA
+from .hub import model_card, push_folder
+from .latent_cache import HiddenStates, Moments, build_in_turn
+from .latents import downsampling_factor
+from .models import FrozenParts, build_unet, load_frozen, load_unet
+from .pipelines.text2img import LatentDiffPipeline
+from .scheduling_ddim import DDIMScheduler
+from .scheduling_ddpm import DDPMScheduler
+from .validation import HeldOutLoss, validation_pictures
+
+# ------------------------------------------------------------------------------------------------ before the loop
+
+
+def start(config: TrainConfig) -> tuple[Accelerator, Path]:
+    """The accelerator and the output folder, with the run's whole configuration in it.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the tracker is unknown.
+    """
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.save(output_dir / "train_config.yaml")
+    except OSError as error:
+        raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({error.strerror})") from None
+    tracker = None if config.report_to == "none" else config.report_to
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=tracker,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        )
+        if tracker:
+            accelerator.init_trackers("latentdiff")
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"mixed_precision or report_to: {str(error).splitlines()[0]}") from None
+    return accelerator, output_dir
+
+
+def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionModel, DDPMScheduler]:
+    """The frozen parts, the UNet in fp32 and the noise schedule.
+
+    Raises:
+        ConfigError: a part is missing, or the UNet does not fit the VAE or the text encoder.
+    """
+    source = config.pretrained_model_name_or_path
+    parts = load_frozen(source, config.revision, config.variant)
+    latent_channels, text_width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
+    if config.unet == "pretrained":
+        unet = load_unet(source, config.revision, config.variant)
+    else:
+        unet = build_unet(
+            config.unet,
+            latent_channels=latent_channels,
+            sample_size=(config.resolution or parts.vae.config.sample_size) // downsampling_factor(parts.vae),
+            cross_attention_dim=text_width,
+            seed=config.seed,
+        )
+    if (unet.config.in_channels, unet.config.cross_attention_dim) != (latent_channels, text_width):
+        raise ConfigError(
+            f"unet: it takes {unet.config.in_channels} latent channels and text of {unet.config.cross_attention_dim}; "
+            f"VAE and text encoder give {latent_channels} and {text_width}"
+        )
+    scheduler = _pretrained_scheduler(config) if config.unet == "pretrained" else _new_scheduler(config)
+    if not torch.cuda.is_available():
+        # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
+        unet.set_attn_processor(AttnProcessor())
+    return parts, unet, scheduler
+
+
+def _new_scheduler(config: TrainConfig) -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_schedule=config.beta_schedule,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+
+
+def _pretrained_scheduler(config: TrainConfig) -> DDPMScheduler:
+    source = config.pretrained_model_name_or_path
+    try:
+        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", revision=config.revision)
+    except OSError:
+        raise ConfigError(f"pretrained_model_name_or_path: no scheduler in {source!r}") from None
+    if scheduler.config.prediction_type != "epsilon":
+        raise ConfigError(
+            f"pretrained_model_name_or_path: {source!r} predicts {scheduler.config.prediction_type!r}; "
+            "the loss here is for 'epsilon'"
+        )
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training and validation draw from."""
+
+    pictures: CaptionedPictures
+    batches: Batches
+    held_out_loss: HeldOutLoss
+
+
+def load_data(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    parts: FrozenParts,
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+) -> Data:
+    """Pictures, run through the frozen networks once (or at each step without `cache_latents`).
+
+    Raises:
+        ConfigError: the resolution does not suit VAE and UNet, or the pictures cannot be used.
+    """
+    factor = downsampling_factor(parts.vae)
+    resolution = config.resolution or unet.config.sample_size * factor
+    # Every block of the UNet but the last halves the latent too.
+    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    if resolution % multiple:
+        raise ConfigError(f"resolution: {resolution} is no multiple of {multiple}, which VAE and UNet need together")
+    if config.uses_emoji:
+        if resolution != emoji.RESOLUTION:
+            raise ConfigError(f"resolution: the embedded emoji are {emoji.RESOLUTION} pixels wide, not {resolution}")
+        pictures = EmojiPictures(config.max_train_samples)
+    else:
+        pictures = OwnPictures(config, resolution)
+    folder = Path(config.cache_dir or emoji.cache_folder() / "latents") if config.cache_latents else None
+    parts.to(accelerator.device)
+    moments = build_in_turn(accelerator, lambda: Moments(pictures, parts, config.random_flip, folder))
+    hidden_states = build_in_turn(accelerator, lambda: HiddenStates(pictures.captions, parts, folder))
+    if config.cache_latents:
+        parts.to("cpu")  # until validation they only take up the device's memory
+    shared = {"vae_config": parts.vae.config, "num_train_timesteps": scheduler.config.num_train_timesteps}
+    batches = Batches(
+        pictures,
+        moments,
+        hidden_states,
+        seed=config.seed,
+        caption_dropout=config.caption_dropout,
+        random_flip=config.random_flip,
+        micro_batch=config.train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        process=accelerator.process_index,
+        device=accelerator.device,
+        **shared,
+    )
+    return Data(pictures, batches, HeldOutLoss(pictures, moments, hidden_states, **shared))
+
+
+def optimizer_steps(config: TrainConfig, batches: Batches) -> int:
+    """How many the run takes: `max_train_steps`, or what `num_train_epochs` passes over the data make."""
+    if config.num_train_epochs is None:
+        return config.max_train_steps
+    return -(-config.num_train_epochs * batches.epoch_length // batches.global_batch)
+
+
+def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step alone, so that a resume has nothing to restore."""
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # diffusers' schedules are factors that hang on an optimizer
+    schedule = get_scheduler(
+        config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
+    )
+    (factor,) = schedule.lr_lambdas
+    return lambda step: config.learning_rate * factor(step + 1 if step < config.lr_warmup_steps else step)
+
+
+def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel) -> torch.optim.AdamW:
+    """AdamW over the UNet's parameters, all updated in one fused kernel."""
+    return torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- in the loop
+
+
+class Progress:
+    """The progress bar with loss, pictures per second and time left, and the tracker's curves."""
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, first_step: int, total_steps: int, batches: Batches
+    ):
+        self._accelerator, self._every = accelerator, config.logging_steps
+        self._global_batch = batches.global_batch
+        self._losses: list[torch.Tensor] = []
+        self._since, self._last_step = time.perf_counter(), first_step
+        self._bar = tqdm(
+            initial=first_step,
+            total=total_steps,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Take in a micro-batch's loss without waiting for the device."""
+        self._losses.append(loss.detach())
+
+    def step(self, done: int, learning_rate: float) -> None:
+        """After optimizer step number `done`; every `logging_steps` the mean loss since the last time is shown."""
+        self._bar.update()
+        if done % self._every and done != self._bar.total:
+            return
+        mean = torch.stack(self._losses).mean()
+        loss = float(self._accelerator.reduce(mean, "mean"))
+        rate = (done - self._last_step) * self._global_batch / (time.perf_counter() - self._since)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} pictures/s")
+        values = {"loss": loss, "learning_rate": learning_rate, "pictures_per_second": rate}
+        self._accelerator.log(values, step=done)
+        self._losses, self._last_step, self._since = [], done, time.perf_counter()
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+class Validation:
+    """Held-out loss and pictures under the averaged weights, to the output folder and the tracker."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        parts: FrozenParts,
+        scheduler: DDPMScheduler,
+        data: Data,
+        ema: EMA | None,
+    ):
+        self._config, self._accelerator, self._parts = config, accelerator, parts
+        self._scheduler, self._held_out_loss, self._ema = scheduler, data.held_out_loss, ema
+        self._log = Path(config.output_dir) / "validation" / "held_out_loss.jsonl"
+
+    def __call__(self, unet: UNet2DConditionModel, done: int) -> None:
+        """Measure and draw after optimizer step number `done`; the UNet's own weights are back afterwards."""
+        if not self._accelerator.is_main_process:
+            return
+        self._log.parent.mkdir(exist_ok=True)
+        with self._ema.swapped_into(unet) if self._ema else nullcontext():
+            if self._held_out_loss.pictures:
+                self._measure(unet, done)
+            if self._config.validation_prompts and done:  # before the first step there is nothing to see
+                self._draw(unet, done)
+
+    def _measure(self, unet: UNet2DConditionModel, done: int) -> None:
+        loss = self._held_out_loss(unet, self._scheduler, autocast=self._accelerator.autocast)
+        with self._log.open("a") as file:
+            file.write(json.dumps({"step": done, "held_out_loss": loss}) + "\n")
+        self._accelerator.log({"held_out_loss": loss}, step=done)
+        tqdm.write(f"step {done}: held-out loss {loss:.4f}")
+
+    def _draw(self, unet: UNet2DConditionModel, done: int) -> None:
+        self._parts.to(unet.device)
+        with self._accelerator.autocast():
+            grid = validation_pictures(
+                as_pipeline(self._parts, unet, self._scheduler),
+                self._config.validation_prompts,
+                seed=self._config.seed,
+                num_inference_steps=self._config.validation_inference_steps,
+                guidance_scale=self._config.validation_guidance_scale,
+            )
+        if self._config.cache_latents:
+            self._parts.to("cpu")
+        grid.save(self._log.parent / f"step-{done:07d}.png")
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                picture = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
+                tracker.writer.add_image(
+                    "validation", picture.view(grid.height, grid.width, 3), done, dataformats="HWC"
+                )
+
+
+# ------------------------------------------------------------------------------------------------- after the loop
+
+
+def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> LatentDiffPipeline:
+    """The networks as a pipeline that draws with DDIM on the training schedule."""
+    # Stable Diffusion's pipeline rewrites a configuration without these two, and would then draw otherwise than ours.
+    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
+    return LatentDiffPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=unet,
+        scheduler=ddim,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def finish(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    parts: FrozenParts,
+    unet: UNet2DConditionModel,
+    ema: EMA | None,
+    scheduler: DDPMScheduler,
+) -> None:
+    """Save the finished model with its model card in the output folder, and push it where that is wanted."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(unet)
+        for module in (parts.vae, parts.text_encoder, unet):
+            module.to("cpu")
+            module.half() if config.save_dtype == "fp16" else module.float()
+        as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
+        _write_card(config)
+        tqdm.write(f"saved in {config.output_dir}")
+        if config.push_to_hub:
+            name = config.hub_model_id or Path(config.output_dir).resolve().name
+            tqdm.write(f"pushed to {push_folder(config.output_dir, name, private=config.hub_private)}")
+    accelerator.end_training()
+
+
+def _write_card(config: TrainConfig) -> None:
+    folder = Path(config.output_dir)
+    pictures = sorted((folder / "validation").glob("step-*.png"))
+    own = config.train_data_dir or config.dataset_name
+    from_pretrained = config.unet == "pretrained"
+    source = config.pretrained_model_name_or_path
+    is_hub_id = not Path(source).exists()
+    model_card(
+        config.hub_model_id or folder.resolve().name,
+        license="other" if own or from_pretrained else "cc-by-sa-4.0",
+        repo_id=config.hub_model_id,
+        description="A latent text-to-image diffusion model, trained with latentdiff.",
+        samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
+        training_command=f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
+        sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
+        data={own: "see the source of the data"} if own else emoji.CREDITS,
+        base_model=source if from_pretrained and is_hub_id else None,
+        datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
+    ).save(folder / "README.md")

@@ -1,0 +1,89 @@
+"""How a run looks while it trains: pictures from fixed prompts and noise, and a loss at fixed timesteps and noise."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from . import random_streams
+from .data import CaptionedPictures
+from .grid import labelled_grid
+from .latent_cache import HiddenStates, Moments
+from .latents import sample_latents
+from .losses import denoising_loss
+
+TIMESTEPS_PER_PICTURE = 8
+
+
+class HeldOutLoss:
+    """The epsilon loss on pictures that are never trained on, under their own captions.
+
+    Every picture is measured at TIMESTEPS_PER_PICTURE timesteps, stratified over the pictures so that together they
+    cover 0 .. T-1 evenly, with noise that is the same at every call. Without held-out pictures there is no loss.
+
+    Args:
+        pictures, moments, hidden_states: as in `Batches`; rows marked `held_out` are measured, `max_pictures` at most.
+        vae_config: `vae.config`.
+        num_train_timesteps: T.
+    """
+
+    def __init__(
+        self,
+        pictures: CaptionedPictures,
+        moments: Moments,
+        hidden_states: HiddenStates,
+        *,
+        vae_config,
+        num_train_timesteps: int,
+        max_pictures: int = 256,
+    ):
+        rows = [row for row, held_out in enumerate(pictures.held_out) if held_out][:max_pictures]
+        self.pictures = len(rows)
+        if not rows:
+            return
+        generator = random_streams.generator(0, "held-out loss")
+        mean, std = moments(rows)
+        count = TIMESTEPS_PER_PICTURE * len(rows)
+        self._latents = sample_latents(vae_config, mean, std, torch.randn(mean.shape, generator=generator))
+        self._noise = torch.randn(count, *mean.shape[1:], generator=generator)
+        # One timestep from each of `count` equal strata, dealt out to the pictures in a drawn order.
+        strata = (torch.arange(count) + 0.5) / count * num_train_timesteps
+        self._timesteps = strata.long()[torch.randperm(count, generator=generator)]
+        self._encoder_hidden_states = hidden_states([hidden_states.ids[row][0] for row in rows])
+
+    @torch.no_grad()
+    def __call__(self, unet: UNet2DConditionModel, scheduler, batch_size: int = 64, autocast=nullcontext) -> float:
+        """The mean over pictures and timesteps, under the UNet's present weights."""
+        was_training, device = unet.training, unet.device
+        unet.eval()
+        losses = []
+        picture = torch.arange(len(self._timesteps)) % self.pictures
+        for part in torch.arange(len(self._timesteps)).split(batch_size):
+            latents = self._latents[picture[part]].to(device)
+            hidden = self._encoder_hidden_states[picture[part]].to(device)
+            noise, timesteps = self._noise[part].to(device), self._timesteps[part].to(device)
+            with autocast():
+                output = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
+            losses.append(denoising_loss(output, noise).cpu())
+        unet.train(was_training)
+        return float(torch.cat(losses).mean())
+
+
+def validation_pictures(
+    pipeline, prompts: Sequence[str], *, seed: int, num_inference_steps: int, guidance_scale: float
+) -> Image.Image:
+    """One picture for each prompt, picture i from the noise of seed + i, as a labelled grid."""
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    images = pipeline(
+        list(prompts),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=generators,
+    ).images
+    pipeline.unet.train(was_training)
+    return labelled_grid(images, prompts, columns=min(4, len(prompts)))

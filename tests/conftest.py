@@ -1,0 +1,115 @@
+"""What the tests share: no network, a Hub on the loopback address, a tiny Stable Diffusion folder of random weights."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from hub_server import TOKEN, HubServer
+
+# Set before huggingface_hub is imported, which reads them once: nothing goes online, and what a test sends through the
+# fixture `hub` goes to a server of its own. No cache and no token of whoever runs the tests is read or written.
+_HUB = HubServer().start()
+_HOME = tempfile.TemporaryDirectory(prefix="latentdiff-tests-")
+os.environ.update(
+    HF_ENDPOINT=_HUB.url,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HOME=_HOME.name,
+)
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The tests' own Hub, empty, with a token that may write to it; going online is allowed for this test."""
+    import huggingface_hub
+
+    for kept in (_HUB.repos, _HUB.commits, _HUB.lfs_objects, _HUB.private, _HUB.requests):
+        kept.clear()
+    _HUB.lfs_suffix = None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return _HUB
+
+
+def tiny_tokenizer(max_tokens: int = 8):
+    """A byte-level CLIP tokenizer of 521 tokens: every byte, every byte that ends a word, and a few merges."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    characters = sorted(ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("r", "e"), ("re", "d</w>")]
+    tokens = [*characters, *(f"{character}</w>" for character in characters), *(a + b for a, b in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+
+
+def tiny_components(seed: int = 0) -> dict:
+    """The parts of a Stable Diffusion pipeline at toy size, with random weights: an f4 VAE, 16 pixels, 8 tokens."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from latentdiff import DDIMScheduler
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(4, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=16,
+            scaling_factor=0.7,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=4,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+        )
+        text_encoder = CLIPTextModel(text_config)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    return {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "unet": unet.eval(),
+        "scheduler": scheduler,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory) -> Path:
+    """A saved Stable Diffusion folder at toy size: not to be written to."""
+    from latentdiff import LatentDiffPipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    LatentDiffPipeline(**tiny_components()).save_pretrained(folder)
+    return folder

@@ -1,0 +1,80 @@
+"""The rule of who may import whom, and that what travels to the Hub travels alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "latentdiff"
+
+# Modules of the project that a file may import from; files that are not named may import any.
+ALLOWED = {
+    "config": set(),
+    "noise_schedule": set(),
+    "scheduling_ddpm": {"noise_schedule"},
+    "scheduling_ddim": {"noise_schedule"},
+    "losses": {"noise_schedule"},
+    "guidance": {"random_streams"},
+    "random_streams": set(),
+    "ema": set(),
+    "latents": set(),
+    "efficientnet_lite": {"config"},
+    "models": {"config"},
+    "emoji": {"config", "random_streams"},
+    "data": {"config", "emoji", "random_streams"},
+    "latent_cache": {"latents", "data", "models"},
+    "batches": {"random_streams", "data", "guidance", "latent_cache", "latents"},
+}
+TRAVELLERS = [*PACKAGE.glob("scheduling_*.py"), PACKAGE / "noise_schedule.py", *(ROOT / "pipelines").glob("*.py")]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth of the code, relative ones as `latentdiff.…`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = f"latentdiff.{node.module}" if node.level and node.module else node.module or "latentdiff"
+            found |= {base} if node.module else {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def from_project(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith("latentdiff.")}
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_follow_the_rule(module):
+    """A dependency would run against the layering, and the file could not be read alone."""
+    assert from_project(PACKAGE / f"{module}.py") <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("path", TRAVELLERS, ids=lambda path: path.name)
+def test_what_travels_to_the_hub_needs_only_diffusers(path):
+    """A repo on the Hub would not load for somebody who has only diffusers and transformers."""
+    others = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"latentdiff"}
+    assert others <= {"torch", "numpy", "diffusers", "transformers"}
+    assert all(name == "noise_schedule" or name.startswith("scheduling_") for name in from_project(path))
+
+
+def test_nothing_imports_the_entry_script():
+    for path in [*ROOT.glob("latentdiff/*.py"), *ROOT.glob("pipelines/*.py")]:
+        assert "train_text2img" not in imported(path), path
+
+
+def test_nothing_unpickles():
+    """A downloaded file could run code: torch.load is called with weights_only=True or not at all."""
+    for path in [*ROOT.glob("latentdiff/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("*.py")]:
+        assert "pickle" not in imported(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), path
+
+
+def test_modules_stay_readable():
+    """A file past about 400 lines is doing two things (the pipeline must be one file)."""
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 420, path

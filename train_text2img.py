@@ -1,0 +1,84 @@
+"""Train a latent text-to-image diffusion model: `accelerate launch train_text2img.py`.
+
+Without arguments: the embedded emoji at 64x64, from scratch, on the shipped VAE and text encoder. With
+`--train_data_dir FOLDER` your own captioned pictures; with `--preset finetune --pretrained_model_name_or_path MODEL`
+any Stable-Diffusion-shaped model goes on from its own weights. `--help` lists every setting.
+"""
+
+import torch
+
+from latentdiff.batches import Batch
+from latentdiff.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint, save_weights_as_diffusers_does
+from latentdiff.cli_errors import run_training
+from latentdiff.config import TrainConfig
+from latentdiff.ema import EMA
+from latentdiff.losses import denoising_loss, min_snr_weight
+from latentdiff.training import (
+    Progress,
+    Validation,
+    finish,
+    learning_rate_at,
+    load_data,
+    load_networks,
+    make_optimizer,
+    optimizer_steps,
+    start,
+)
+
+
+def main(config: TrainConfig) -> None:
+    accelerator, output_dir = start(config)
+    parts, unet, scheduler = load_networks(config)
+    data = load_data(config, accelerator, parts, unet, scheduler)
+    total_steps = optimizer_steps(config, data.batches)
+    learning_rate = learning_rate_at(config, total_steps)
+
+    optimizer = make_optimizer(config, unet)
+    ema = EMA(unet.to(accelerator.device), config.ema_decay) if config.use_ema else None
+    save_weights_as_diffusers_does(accelerator, unet, ema)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
+    first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
+    validation = Validation(config, accelerator, parts, scheduler, data, ema)
+    progress = Progress(config, accelerator, first_step, total_steps, data.batches)
+
+    if first_step == 0:
+        validation(accelerator.unwrap_model(unet), 0)
+    unet.train()
+    for step in range(first_step, total_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        for micro_step in range(config.gradient_accumulation_steps):
+            with accelerator.accumulate(unet):
+                loss = training_loss(unet, scheduler, data.batches.at(step, micro_step), config).mean()
+                accelerator.backward(loss)
+                progress.add(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        done = step + 1  # optimizer steps: the one clock that users see
+        if ema is not None:
+            ema.update(accelerator.unwrap_model(unet), done)
+        progress.step(done, learning_rate(step))
+        if done % config.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit)
+        if done % config.validation_steps == 0 or done == total_steps:
+            validation(accelerator.unwrap_model(unet), done)
+
+    progress.close()
+    finish(config, accelerator, parts, accelerator.unwrap_model(unet), ema, scheduler)
+
+
+def training_loss(unet: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
+    """The weighted epsilon loss of each sample of a batch -> (B,)."""
+    noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    model_output = unet(noisy_latents, batch.timesteps, batch.encoder_hidden_states).sample
+    losses = denoising_loss(model_output, batch.noise)
+    if config.snr_gamma is not None:
+        losses = losses * min_snr_weight(scheduler.alphas_cumprod, batch.timesteps, config.snr_gamma)
+    return losses
+
+
+if __name__ == "__main__":
+    run_training(main)
