@@ -15,6 +15,7 @@ from latentdiff.ema import EMA
 from latentdiff.losses import denoising_loss, min_snr_weight
 from latentdiff.training import (
     Progress,
+    RunLog,
     Validation,
     finish,
     learning_rate_at,
@@ -39,8 +40,9 @@ def main(config: TrainConfig) -> None:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
-    validation = Validation(config, accelerator, parts, scheduler, data, ema)
-    progress = Progress(config, accelerator, first_step, total_steps, data.batches)
+    log = RunLog(config, accelerator, first_step)
+    validation = Validation(config, accelerator, parts, scheduler, data.held_out_loss, ema, log)
+    progress = Progress(config, accelerator, log, first_step, total_steps)
 
     if first_step == 0:
         validation(accelerator.unwrap_model(unet), 0)

@@ -34,7 +34,8 @@ def step_of(checkpoint: str | Path) -> int:
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None = None) -> Path:
     """Write `checkpoint-{step}` aside and rename it when whole, then remove the oldest beyond `total_limit`.
 
-    All processes call it. The new one is whole before an old one is removed.
+    All processes call it. The new one is whole before an old one is removed. Checkpoints of later steps are what an
+    earlier run left, which this one does not go on from: they are the first to be removed.
     """
     final, aside = output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}"
     if accelerator.is_main_process:
@@ -48,7 +49,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         if total_limit:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
+            by_age = sorted(list_checkpoints(output_dir), key=lambda path: (step_of(path) <= step, step_of(path)))
+            for old in by_age[:-total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
@@ -71,19 +73,22 @@ def save_weights_as_diffusers_does(accelerator: Accelerator, unet: UNet2DConditi
 
     def load(models: list, folder: str) -> None:
         if ema is not None:
-            unet.load_state_dict(_weights(Path(folder) / "unet_ema"))
+            _load_weights(unet, Path(folder) / "unet_ema")
             ema.copy_from(unet)
-        unet.load_state_dict(_weights(Path(folder) / "unet"))
+        _load_weights(unet, Path(folder) / "unet")
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def _weights(folder: Path) -> dict:
+def _load_weights(unet: UNet2DConditionModel, folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without use_ema?")
-    return UNet2DConditionModel.from_pretrained(folder).state_dict()
+    try:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+    except RuntimeError:  # names and shapes of hundreds of tensors
+        raise ConfigError(f"resume_from_checkpoint: {folder} holds another UNet than this run trains") from None
 
 
 def _sync_files(folder: Path) -> None:
@@ -123,4 +128,5 @@ def resolve_checkpoint(output_dir: str | Path, resume_from: str | None) -> Path 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
     """Load everything into what `accelerator` prepared and registered; returns the optimizer step to go on from."""
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # its micro-batch counter: every optimizer step starts a new count, whatever it was saved with
     return step_of(checkpoint)

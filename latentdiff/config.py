@@ -2,15 +2,19 @@
 
 import dataclasses
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 
-class ConfigError(ValueError):
-    """A user's mistake: its message is one clear line that names the thing, the value it had and what it may be."""
+class ConfigError(Exception):
+    """A user's mistake: its message is one clear line that names the thing, the value it had and what it may be.
+
+    No ValueError: tyro would take that for a flag it could not parse, and draw its own box around the message.
+    """
 
 
 def packaged_checkpoint() -> str:
@@ -143,11 +147,14 @@ class TrainConfig:
     """Make a new repository private."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_ranges(self)
         if self.train_data_dir and self.dataset_name:
             raise ConfigError("train_data_dir and dataset_name: give one of them")
         if self.train_data_dir and not Path(self.train_data_dir).is_dir():
             raise ConfigError(f"train_data_dir: {self.train_data_dir!r} is no folder")
+        if self.uses_emoji and self.held_out_fraction:
+            raise ConfigError("held_out_fraction: is for one's own pictures; the embedded emoji have a fixed split")
         if self.hub_model_id and not self.push_to_hub:
             raise ConfigError("hub_model_id: has no effect without --push_to_hub")
 
@@ -165,6 +172,28 @@ class TrainConfig:
         """Write every setting as YAML; `--config PATH` starts the same run again."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _check_types(config: TrainConfig) -> None:
+    """The command line checks its own values; those of a file or of a program are checked here."""
+    for name, kind in get_type_hints(TrainConfig).items():
+        value, choices = getattr(config, name), get_args(kind)
+        if not _is_a(value, kind):
+            may_be = ", ".join(map(repr, choices)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
+            raise ConfigError(f"{name}: {value!r} is not what it may be: {may_be}")
+
+
+def _is_a(value, kind) -> bool:
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in choices
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, choices[0]) for item in value)
+    if choices:  # one of several
+        return any(_is_a(value, choice) for choice in choices)
+    if kind in (int, float):  # a bool is an int to Python, and an int may stand for a float
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -223,8 +252,20 @@ def read_config(path: str) -> dict:
         values = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"config: {path!r} cannot be read ({str(error).splitlines()[0]})") from None
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    known = get_type_hints(TrainConfig)
     if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):
         what = f"has no setting named {unknown[0]!r}" if isinstance(values, dict) else "is no list of settings"
         raise ConfigError(f"config: {path!r} {what}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return {name: _from_yaml(value, known[name]) for name, value in values.items()}
+
+
+def _from_yaml(value, kind):
+    """What YAML reads otherwise than a person means it: a list, `no` (False to YAML), `1e-4` (a string to YAML)."""
+    if isinstance(value, list):
+        return tuple(value)
+    if value is False and "no" in get_args(kind):
+        return "no"
+    if isinstance(value, str) and float in (kind, *get_args(kind)):
+        with suppress(ValueError):
+            return float(value)
+    return value

@@ -120,7 +120,7 @@ class OwnPictures:
                 rejected.append(Rejected(self._name(row), problem))
                 continue
             self._rows.append(row)
-            self.captions.append(_as_list(self._data[row][config.caption_column]))
+            self.captions.append(self._captions(row))
             self.held_out.append(fraction("held out", self._name(row)) < config.held_out_fraction)
         self.repeats = [1] * len(self._rows)
         _report(rejected, count, config)
@@ -134,24 +134,32 @@ class OwnPictures:
         return fit(self._decode(self._rows[row]), self._resolution, self._config.center_crop)
 
     def _name(self, row: int) -> str:
-        return self._data[row][self._config.image_column].get("path") or f"row {row}"
+        """The file, within the folder where there is one: which rows are held out does not change when it moves."""
+        path = (self._data[row][self._config.image_column] or {}).get("path")
+        folder = Path(self._config.train_data_dir or self._config.dataset_name).resolve()
+        if path and Path(path).is_relative_to(folder):
+            return Path(path).relative_to(folder).as_posix()
+        return path or f"row {row}"
+
+    def _captions(self, row: int) -> list[str]:
+        stored = self._data[row][self._config.caption_column]
+        return [c for c in (stored if isinstance(stored, list) else [stored]) if isinstance(c, str) and c.strip()]
 
     def _decode(self, row: int) -> Image.Image:
         stored = self._data[row][self._config.image_column]
+        if not stored:
+            raise ValueError("there is none")
         source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return upright_rgb(Image.open(source))
 
     def _problem(self, row: int) -> str | None:
-        captions = [
-            c for c in _as_list(self._data[row][self._config.caption_column]) if isinstance(c, str) and c.strip()
-        ]
-        if not captions:
+        if not self._captions(row):
             return "its caption is missing"
         try:
             self._decode(row)
-        except UNREADABLE as error:
+        except Exception as error:  # Pillow raises many kinds for a broken file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"it cannot be read as a picture ({reason})"
         return None
@@ -167,19 +175,20 @@ def _load_dataset(config: TrainConfig):
             data = datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, split="train")
         else:
             data = datasets.load_dataset(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
+        if config.image_column in data.column_names:
+            data = data.cast_column(config.image_column, datasets.Image(decode=False))
     except Exception as error:  # datasets raises many kinds for a missing or malformed set
         name = "train_data_dir" if config.train_data_dir else "dataset_name"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{name}: {where!r} cannot be read ({reason})") from error
-    if config.image_column in data.column_names:
-        data = data.cast_column(config.image_column, datasets.Image(decode=False))
     return data
 
 
 def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
-    if not rejected:
-        return
     path = Path(config.output_dir) / "rejected.jsonl"
+    if not rejected:
+        path.unlink(missing_ok=True)  # an earlier run's
+        return
     path.write_text("".join(json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejected))
     first = f"{rejected[0].file}: {rejected[0].reason}"
     if len(rejected) > config.max_rejected_fraction * count:
@@ -190,18 +199,15 @@ def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
     logger.warning("%d of %d pictures are left out; the first is %s; all are in %s", len(rejected), count, first, path)
 
 
-def _as_list(captions) -> list:
-    return list(captions) if isinstance(captions, (list, tuple)) else [captions]
-
-
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image.info.pop("transparency", None)  # a shade of 16 bits, which Pillow cannot apply
+        image = image.point(lambda value: value / 256).convert("L")
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode.startswith("I;16") or image.mode == "I":
-        image = image.point(lambda value: value / 256).convert("L")
     return image.convert("RGB")
 
 

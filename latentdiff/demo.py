@@ -44,10 +44,9 @@ def main() -> None:
     print("1. Drawing with the shipped checkpoint", flush=True)
     draw(checkpoint, PROMPTS, shipped)
     print(f"   {shipped}\n2. Training a small UNet from scratch on a part of the emoji", flush=True)
-    (run / "validation" / "held_out_loss.jsonl").unlink(missing_ok=True)
     subprocess.run([sys.executable, "train_text2img.py", "--preset", "demo", "--output_dir", str(run)], check=True)
-    losses = [json.loads(line) for line in (run / "validation" / "held_out_loss.jsonl").read_text().splitlines()]
-    first, last = losses[0], losses[-1]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "held_out_loss" in line]
     print(
         f"   held-out loss {first['held_out_loss']:.3f} at step {first['step']}, "
         f"{last['held_out_loss']:.3f} at step {last['step']}\n3. Drawing with it",

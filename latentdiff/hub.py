@@ -135,10 +135,12 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload with latentdiff",
+    ignore_patterns: Sequence[str] = (),
 ) -> str:
     """Push everything in `folder` to the model repository `repo_id`, created if need be, and return the commit's URL.
 
     Args:
+        ignore_patterns: what stays at home, such as "logs/*": a star also stands for slashes.
         token: with the right to write; by default HF_TOKEN or that of `hf auth login`.
         revision: the branch, created if need be; by default main.
 
@@ -156,7 +158,11 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            ignore_patterns=list(ignore_patterns),
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         # `from None`: the chain would print the library's own message, which may quote the request's headers.

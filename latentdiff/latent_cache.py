@@ -94,8 +94,7 @@ class HiddenStates:
         self.ids = [[number[caption] for caption in row] for row in captions]
         self._read = self._encode
         if folder is not None:
-            tokenizer = parts.tokenizer.backend_tokenizer.to_str() + str(parts.tokenizer.model_max_length)
-            words = "\0".join([fingerprint(parts.text_encoder), tokenizer, *self._unique])
+            words = "\0".join([fingerprint(parts.text_encoder), _rules(parts.tokenizer), *self._unique])
             key = hashlib.sha256(words.encode()).hexdigest()[:32]
             self._read = _cached(folder / f"text-{key}", len(self._unique), self._encode, "encoding captions")
 
@@ -108,6 +107,12 @@ class HiddenStates:
             return (encode_prompt(self._parts, [self._unique[i] for i in batch]),)
 
         return {"hidden_states": _in_fixed_batches(encode, ids)[0]}
+
+
+def _rules(tokenizer) -> str:
+    """What decides a caption's tokens; padding and truncation are what the last call left, and set at the next."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    return json.dumps([rules, tokenizer.model_max_length])
 
 
 def build_in_turn(accelerator: Accelerator, build: Callable[[], object]):
@@ -158,6 +163,8 @@ def _build(folder: Path, count: int, encode: Encode, description: str) -> None:
             shard = {name: torch.cat([piece[name] for piece in pieces]).contiguous() for name in pieces[0]}
             save_file(shard, aside / f"shard-{number:05d}.safetensors")
     (aside / "manifest.json").write_text(json.dumps({"rows": count, "shard_rows": SHARD_ROWS}))
+    if not (folder / "manifest.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
     try:
         os.replace(aside, folder)
     except OSError:  # another run built the same cache meanwhile

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -30,8 +31,8 @@ class PretrainConfig:
     """Optimizer steps between checkpoints."""
     resume_from_checkpoint: str | None = None
     """A checkpoint's step or path, or "latest"."""
-    mixed_precision: str = "no"
-    """no, fp16 or bf16."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward pass; weights stay in fp32."""
     seed: int = 0
     """Seed of weights, order of the data and augmentation."""
 
@@ -67,6 +68,7 @@ def pretrain(
         with accelerator.autocast():
             loss = loss_at(model, step)
         accelerator.backward(loss)
+        _average_gradients(accelerator, model)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -76,6 +78,14 @@ def pretrain(
             save_checkpoint(accelerator, work_dir, step + 1, total_limit=1)
     accelerator.print(f"{len(steps)} steps in {time.perf_counter() - started:.0f} s")
     return accelerator.unwrap_model(model).float().eval()
+
+
+def _average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Between processes: the losses call parts of the model, so that torch's own wrapper does not notice."""
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int) -> float:

@@ -150,7 +150,7 @@ def load_data(
         pictures = EmojiPictures(config.max_train_samples)
     else:
         pictures = OwnPictures(config, resolution)
-    folder = Path(config.cache_dir or emoji.cache_folder() / "latents") if config.cache_latents else None
+    folder = _latents_folder(config) if config.cache_latents else None
     parts.to(accelerator.device)
     moments = build_in_turn(accelerator, lambda: Moments(pictures, parts, config.random_flip, folder))
     hidden_states = build_in_turn(accelerator, lambda: HiddenStates(pictures.captions, parts, folder))
@@ -172,6 +172,15 @@ def load_data(
         **shared,
     )
     return Data(pictures, batches, HeldOutLoss(pictures, moments, hidden_states, **shared))
+
+
+def _latents_folder(config: TrainConfig) -> Path:
+    folder = Path(config.cache_dir or emoji.cache_folder() / "latents")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cache_dir: {str(folder)!r} cannot be written ({error.strerror})") from None
+    return folder
 
 
 def optimizer_steps(config: TrainConfig, batches: Batches) -> int:
@@ -206,14 +215,32 @@ def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel) -> torch.opt
 # ---------------------------------------------------------------------------------------------------- in the loop
 
 
-class Progress:
-    """The progress bar with loss, pictures per second and time left, and the tracker's curves."""
+class RunLog:
+    """What was measured at which optimizer step: a line of JSON each in `log.jsonl`, and the tracker's curves.
 
-    def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, first_step: int, total_steps: int, batches: Batches
-    ):
-        self._accelerator, self._every = accelerator, config.logging_steps
-        self._global_batch = batches.global_batch
+    A run that goes on from an earlier step first removes the lines after it, so that no step stands there twice.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, first_step: int):
+        self._accelerator, self._path = accelerator, Path(config.output_dir) / "log.jsonl"
+        if accelerator.is_main_process:
+            lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() and first_step else []
+            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """Add `values` after optimizer step number `step`."""
+        self._accelerator.log(values, step=step)
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class Progress:
+    """The progress bar with loss, pictures per second and time left."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, log: RunLog, first_step: int, total_steps: int):
+        self._accelerator, self._log, self._every = accelerator, log, config.logging_steps
+        self._global_batch = config.samples_per_step * accelerator.num_processes
         self._losses: list[torch.Tensor] = []
         self._since, self._last_step = time.perf_counter(), first_step
         self._bar = tqdm(
@@ -237,8 +264,7 @@ class Progress:
         loss = float(self._accelerator.reduce(mean, "mean"))
         rate = (done - self._last_step) * self._global_batch / (time.perf_counter() - self._since)
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} pictures/s")
-        values = {"loss": loss, "learning_rate": learning_rate, "pictures_per_second": rate}
-        self._accelerator.log(values, step=done)
+        self._log(done, {"loss": loss, "learning_rate": learning_rate, "pictures_per_second": rate})
         self._losses, self._last_step, self._since = [], done, time.perf_counter()
 
     def close(self) -> None:
@@ -255,18 +281,18 @@ class Validation:
         accelerator: Accelerator,
         parts: FrozenParts,
         scheduler: DDPMScheduler,
-        data: Data,
+        held_out_loss: HeldOutLoss,
         ema: EMA | None,
+        log: RunLog,
     ):
         self._config, self._accelerator, self._parts = config, accelerator, parts
-        self._scheduler, self._held_out_loss, self._ema = scheduler, data.held_out_loss, ema
-        self._log = Path(config.output_dir) / "validation" / "held_out_loss.jsonl"
+        self._scheduler, self._held_out_loss, self._ema, self._log = scheduler, held_out_loss, ema, log
+        self._folder = Path(config.output_dir) / "validation"
 
     def __call__(self, unet: UNet2DConditionModel, done: int) -> None:
         """Measure and draw after optimizer step number `done`; the UNet's own weights are back afterwards."""
         if not self._accelerator.is_main_process:
             return
-        self._log.parent.mkdir(exist_ok=True)
         with self._ema.swapped_into(unet) if self._ema else nullcontext():
             if self._held_out_loss.pictures:
                 self._measure(unet, done)
@@ -275,9 +301,7 @@ class Validation:
 
     def _measure(self, unet: UNet2DConditionModel, done: int) -> None:
         loss = self._held_out_loss(unet, self._scheduler, autocast=self._accelerator.autocast)
-        with self._log.open("a") as file:
-            file.write(json.dumps({"step": done, "held_out_loss": loss}) + "\n")
-        self._accelerator.log({"held_out_loss": loss}, step=done)
+        self._log(done, {"held_out_loss": loss})
         tqdm.write(f"step {done}: held-out loss {loss:.4f}")
 
     def _draw(self, unet: UNet2DConditionModel, done: int) -> None:
@@ -292,7 +316,8 @@ class Validation:
             )
         if self._config.cache_latents:
             self._parts.to("cpu")
-        grid.save(self._log.parent / f"step-{done:07d}.png")
+        self._folder.mkdir(exist_ok=True)
+        grid.save(self._folder / f"step-{done:07d}.png")
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
                 picture = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
@@ -320,6 +345,10 @@ def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMS
     )
 
 
+# What a run leaves in its folder beside the model, and what names files of the machine it ran on.
+NOT_PUSHED = ("checkpoint-*/*", ".tmp-checkpoint-*/*", "logs/*", "rejected.jsonl")
+
+
 def finish(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -341,7 +370,8 @@ def finish(
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
             name = config.hub_model_id or Path(config.output_dir).resolve().name
-            tqdm.write(f"pushed to {push_folder(config.output_dir, name, private=config.hub_private)}")
+            url = push_folder(config.output_dir, name, private=config.hub_private, ignore_patterns=NOT_PUSHED)
+            tqdm.write(f"pushed to {url}")
     accelerator.end_training()
 
 

@@ -1,0 +1,135 @@
+"""Put the shipped checkpoint together from a finished run: `python -m latentdiff.publish_default RUN`.
+
+Copies the saved pipeline, draws the sample grid, plots the run's curves, and writes the model card with the numbers
+that `latentdiff retrieval RUN --output RUN/retrieval.json` and `latentdiff backgrounds RUN --output
+RUN/backgrounds.json` measured.
+"""
+
+import json
+import shlex
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+
+from . import emoji
+from .cli_errors import run_cli
+from .config import ConfigError, TrainConfig, read_config
+from .demo import PROMPTS, draw
+from .hub import model_card
+
+PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+SAMPLES, CURVES = "samples.png", "curves.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """What becomes the shipped checkpoint."""
+
+    run: tyro.conf.Positional[str]
+    """Output folder of the finished run."""
+    output_dir: str = "checkpoints/emoji64"
+    """Where the checkpoint goes; what is there is replaced."""
+    machine: str = "2 CPU cores"
+    """What the run was trained on, for the card."""
+    clip: str | None = None
+    """Folder of the whole CLIP that the text encoder is half of, to be shipped too."""
+
+
+def main(config: PublishConfig) -> None:
+    run, output = Path(config.run), Path(config.output_dir)
+    if not (run / "model_index.json").is_file():
+        raise ConfigError(f"run: {config.run!r} holds no finished model")
+    output.mkdir(parents=True, exist_ok=True)
+    for path in [*(run / name for name in PARTS), *run.glob("*.py")]:
+        target = output / path.name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    if config.clip:
+        shutil.copytree(config.clip, output / "clip", dirs_exist_ok=True)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    _plot(log, output / CURVES)
+    draw(str(output), PROMPTS, output / SAMPLES)
+    model_card(
+        "emoji64",
+        license="cc-by-sa-4.0",
+        description=_description(run, log, config.machine),
+        samples={SAMPLES: "; ".join(PROMPTS)},
+        training_command=_command(run / "train_config.yaml"),
+        sampler="Samples: DDIM, 50 steps, guidance 4. Each measure names its own.",
+        data=emoji.CREDITS,
+        metrics=_metrics(run),
+        curves=[CURVES],
+        limits=[
+            "It draws emoji it was trained on, at 64x64; what it never saw comes out as something it did.",
+            "Fine texture and small text blur.",
+        ],
+    ).save(output / "README.md")
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 1e6:.1f} MB")
+
+
+def _plot(log: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="epsilon loss")
+    for name, label in (("loss", "training"), ("held_out_loss", "held-out emoji")):
+        points = [(line["step"], line[name]) for line in log if name in line and line["step"] > 0]
+        axes.plot(*zip(*points, strict=True), label=label)
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _description(run: Path, log: list[dict], machine: str) -> str:
+    config = read_config(str(run / "train_config.yaml"))
+    batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
+    trained = [line for line in log if "pictures_per_second" in line]
+    steps, gaps = trained[-1]["step"], [b["step"] - a["step"] for a, b in zip(trained, trained[1:], strict=False)]
+    seconds = sum(
+        gap * batch / line["pictures_per_second"]
+        for gap, line in zip([trained[0]["step"], *gaps], trained, strict=True)
+    )
+    return (
+        "The default checkpoint of latentdiff: emoji at 64x64 from words, with a colour for the background.\n\n"
+        f"A UNet of {_parameters(run / 'unet'):.1f} M parameters, trained from scratch for {steps} optimizer steps "
+        f"({steps * batch:,} samples) in {seconds / 60:.0f} minutes on {machine}, over a frozen VAE (f = 4) "
+        "and a frozen CLIP text encoder that `latentdiff.pretrain_vae` and `latentdiff.pretrain_clip` made from the "
+        "same pictures. The weights are the exponential moving average."
+    )
+
+
+def _parameters(folder: Path) -> float:
+    from safetensors import safe_open
+
+    with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        return sum(weights.get_tensor(name).numel() for name in weights.keys()) / 1e6  # noqa: SIM118
+
+
+def _command(path: Path) -> str:
+    """The run as a command line: every setting that differs from its default, but for where files lie."""
+    saved, default = read_config(str(path)), TrainConfig()
+    left_out = {"output_dir", "cache_dir", "pretrained_model_name_or_path", "resume_from_checkpoint", "report_to"}
+    words = []
+    for field in fields(TrainConfig):
+        if field.name not in left_out and saved[field.name] != getattr(default, field.name):
+            value = saved[field.name]
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return f"accelerate launch train_text2img.py {shlex.join(words)}"
+
+
+def _metrics(run: Path) -> dict[str, str]:
+    found = {}
+    for name in ("retrieval", "backgrounds"):
+        path = run / f"{name}.json"
+        for key, value in (json.loads(path.read_text()) if path.exists() else {}).items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v:.3f}" for k, v in value.items())
+            found[f"{name}: {key.replace('_', ' ')}"] = value
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main, PublishConfig)

@@ -1,0 +1,254 @@
+"""Pictures of every kind come out upright, on white and of one size; a bad one is named and ends nothing."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff import emoji
+from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.data import EmojiPictures, OwnPictures, fit, upright_rgb
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
+    """The picture as it comes back from a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+def first_row(image: Image.Image) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(image)[0].tolist()]
+
+
+# ---- decoding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation):
+    """A telephone's pictures would be learned lying on their side or mirrored."""
+    upright = Image.new("RGB", (3, 2), "white")
+    upright.putpixel((0, 0), (255, 0, 0))
+    upright.putpixel((2, 0), (0, 0, 255))
+    # EXIF 2.3: what has to be done to the stored picture so that it stands upright, by orientation. Here the inverse.
+    turn = Image.Transpose
+    inverse = {
+        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+        6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270,
+    }  # fmt: skip
+    as_shot = upright.transpose(inverse[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(np.asarray(upright_rgb(stored(as_shot, exif=exif))), np.asarray(upright))
+
+
+def test_alpha_lies_on_white():
+    """Transparent parts would be black, or whatever colour hides under them."""
+    rgba = Image.fromarray(np.array([[[255, 0, 0, 255], [9, 9, 9, 0], [0, 0, 0, 51]]], dtype=np.uint8))
+    # 51 / 255 = 0.2 of black on white: 0.8 * 255 = 204
+    assert first_row(upright_rgb(stored(rgba))) == [(255, 0, 0), (255, 255, 255), (204, 204, 204)]
+    grey = Image.merge("LA", (Image.new("L", (1, 1), 40), Image.new("L", (1, 1), 0)))
+    assert first_row(upright_rgb(stored(grey))) == [(255, 255, 255)]
+
+
+def test_palette():
+    """Palette numbers would be taken for shades, or the transparent entry for a colour."""
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50, 0, 255, 0])
+    image.putdata([0, 1, 2])
+    assert first_row(upright_rgb(stored(image))) == [(10, 20, 30), (200, 100, 50), (0, 255, 0)]
+    transparent = stored(image, transparency=1)
+    assert first_row(upright_rgb(transparent)) == [(10, 20, 30), (255, 255, 255), (0, 255, 0)]
+    assert first_row(upright_rgb(stored(image, "GIF", transparency=1)))[1] == (255, 255, 255)
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": 65535}, {"transparency": 0}], ids=str)
+def test_sixteen_bits(options):
+    """All but the darkest 256 of 65,536 shades would be white."""
+    image = Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16))
+    expected = [(v, v, v) for v in (0, 1, 128, 255)]
+    assert first_row(upright_rgb(stored(image, **options))) == expected
+    assert first_row(upright_rgb(Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.int32)))) == expected
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "RGB", "YCbCr"])
+def test_other_modes(mode):
+    """A grey, black-and-white or print-colour picture would be rejected or come out in false colours."""
+    image = Image.new("RGB", (8, 8), "white").convert(mode)
+    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    assert upright_rgb(stored(image, kind)).getextrema() == ((255, 255),) * 3
+
+
+def test_fit_crops_the_middle_or_stretches():
+    """The subject would be off centre, or a picture squeezed where it should be cropped."""
+    wide = Image.new("RGB", (30, 10), "white")
+    wide.paste((0, 0, 255), (10, 0, 20, 10))
+    assert fit(wide, 10).getextrema() == ((0, 0), (0, 0), (255, 255))
+    stretched = np.asarray(fit(wide, 30, center_crop=False))
+    assert stretched.shape == (30, 30, 3)
+    assert stretched[15, 2].tolist() == [255] * 3 and stretched[15, 15].tolist() == [0, 0, 255]
+
+
+# ---- pictures of one's own ------------------------------------------------------------------------------------------
+
+
+def folder_of(folder, captions: list, size: int = 8):
+    """`captions[i]` for picture i.png, each of another shade; None writes no picture's caption."""
+    folder.mkdir()
+    lines = []
+    for i, caption in enumerate(captions):
+        Image.new("RGB", (size, size), (i, 2 * i % 256, 255 - i)).save(folder / f"{i:03d}.png")
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption}, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def own(folder, tmp_path, resolution: int = 8, **settings) -> OwnPictures:
+    return OwnPictures(
+        TrainConfig(train_data_dir=str(folder), output_dir=str(tmp_path), **settings), resolution=resolution
+    )
+
+
+def test_a_folder_with_metadata(tmp_path):
+    """Pictures would get another's caption, or be held out without being asked for."""
+    pictures = own(folder_of(tmp_path / "pics", ["a cat", "ein Käse", "猫"]), tmp_path)
+    assert list(pictures.captions) == [["a cat"], ["ein Käse"], ["猫"]]
+    assert pictures.repeats == [1, 1, 1] and pictures.held_out == [False] * 3
+    for row in range(3):
+        assert pictures.image(row).size == (8, 8) and first_row(pictures.image(row))[0] == (row, 2 * row, 255 - row)
+
+
+def test_one_broken_among_200_is_named_and_the_rest_is_used(tmp_path):
+    """One bad file would end the run, or vanish without a word."""
+    folder = folder_of(tmp_path / "pics", [f"picture {i}" for i in range(200)])
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:40])
+    pictures = own(folder, tmp_path)
+    assert len(pictures.captions) == 199 and ["picture 7"] not in pictures.captions
+    (line,) = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"].endswith("007.png") and "picture" in json.loads(line)["reason"]
+    assert pictures.captions[7] == ["picture 8"] and first_row(pictures.image(7))[0] == (8, 16, 247)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(b"no picture at all"), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read"),
+    ],
+    ids=["text", "empty", "cut"],
+)
+def test_too_many_broken_pictures_end_the_run_by_name(tmp_path, damage, reason):
+    """A set that is half broken would be trained on its other half."""
+    folder = folder_of(tmp_path / "pics", ["a", "b", "c"])
+    damage(folder / "001.png")
+    with pytest.raises(ConfigError, match="001.png") as refused:
+        own(folder, tmp_path)
+    assert "1 of 3" in str(refused.value) and "max_rejected_fraction" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1 and reason in str(refused.value)
+    assert len(own(folder, tmp_path, max_rejected_fraction=0.5).captions) == 2
+
+
+@pytest.mark.parametrize("caption", [None, "", "  "])
+def test_a_missing_caption_is_named(tmp_path, caption):
+    """The picture would be trained under no words, or under "None"."""
+    folder = folder_of(tmp_path / "pics", ["a", caption, "c"])
+    with pytest.raises(ConfigError, match="001.png: its caption is missing"):
+        own(folder, tmp_path)
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    """A row of a data set without a picture would end in a traceback."""
+    import datasets
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}, None], "text": ["a", "b"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(ConfigError, match="row 1: it cannot be read as a picture"):
+        OwnPictures(TrainConfig(dataset_name=str(tmp_path / "set"), output_dir=str(tmp_path)), resolution=8)
+
+
+def test_no_stale_list_of_rejected_pictures(tmp_path):
+    """The list of an earlier run would be taken for this one's."""
+    (tmp_path / "rejected.jsonl").write_text("{}\n")
+    own(folder_of(tmp_path / "pics", ["a"]), tmp_path)
+    assert not (tmp_path / "rejected.jsonl").exists()
+
+
+def test_several_captions_and_holes_among_them(tmp_path):
+    """An empty caption in a list would be drawn now and then: dropout that nobody asked for."""
+    pictures = own(folder_of(tmp_path / "pics", [["a cat", "", "a pet"], ["a dog", None]]), tmp_path)
+    assert list(pictures.captions) == [["a cat", "a pet"], ["a dog"]]
+
+
+@pytest.mark.parametrize("change", ["no metadata", "no folder contents", "other column"])
+def test_data_without_captions_says_what_it_has(tmp_path, change):
+    """The message would not say that metadata.jsonl or the column is what is missing."""
+    folder = folder_of(tmp_path / "pics", ["a", "b"])
+    if change == "no metadata":
+        (folder / "metadata.jsonl").unlink()
+    if change == "no folder contents":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    with pytest.raises(ConfigError) as refused:
+        own(folder, tmp_path, **({"caption_column": "words"} if change == "other column" else {}))
+    message = str(refused.value)
+    assert len(message.splitlines()) == 1
+    if change == "no folder contents":
+        assert "train_data_dir" in message and "pics" in message
+    else:
+        assert "metadata.jsonl" in message and "'image'" in message
+        assert ("'words'" if change == "other column" else "'text'") in message
+
+
+def test_a_data_set_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="dataset_name: '/no/such/set'") as refused:
+        OwnPictures(TrainConfig(dataset_name="/no/such/set", output_dir=str(tmp_path)), resolution=8)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_held_out_share_does_not_move_with_the_folder(tmp_path):
+    """On another machine pictures that were trained on would be measured as if they had been held out."""
+    captions = [f"picture {i}" for i in range(60)]
+    here = own(folder_of(tmp_path / "here", captions), tmp_path, held_out_fraction=0.3)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    there = own(folder_of(tmp_path / "far" / "away" / "pics", captions), tmp_path, held_out_fraction=0.3)
+    assert here.held_out == there.held_out
+    # Binomial(60, 0.3) is within 18 +- 4 standard deviations (3.55) but for one set of names in ten thousand.
+    assert 18 - 15 < sum(here.held_out) < 18 + 15
+
+
+def test_nothing_left_to_train_on(tmp_path):
+    with pytest.raises(ConfigError, match="no picture is left"):
+        own(folder_of(tmp_path / "pics", ["a", "b"]), tmp_path, held_out_fraction=1.0)
+
+
+def test_max_train_samples(tmp_path):
+    assert len(own(folder_of(tmp_path / "pics", list("abcd")), tmp_path, max_train_samples=2).captions) == 2
+
+
+# ---- the embedded emoji ---------------------------------------------------------------------------------------------
+
+
+def test_emoji_keep_their_splits():
+    """Held-out emoji, or held-out pairs of emoji and colour, would be trained on."""
+    built, pictures = emoji.load(), EmojiPictures(max_train_samples=6)
+    trained = [row for row, held_out in enumerate(pictures.held_out) if not held_out]
+    held_out = [row for row, held_out in enumerate(pictures.held_out) if held_out]
+    assert len(held_out) == len(built.indices(held_out=True))
+    assert not any(built.rows[pictures._rows[row][0]][0].held_out for row in trained)
+    assert all(built.rows[pictures._rows[row][0]][0].held_out for row in held_out)
+    for row in trained:
+        index, colour = pictures._rows[row]
+        assert not built.rows[index][0].pair_held_out(colour)
+        assert pictures.image(row).size == (64, 64) and pictures.image(row).mode == "RGB"
+        assert colour == "white" or all(f"on a {colour} background" in caption for caption in pictures.captions[row])
+    white = [row for row in trained if pictures._rows[row][1] == "white"]
+    assert len(white) == 6 and all(pictures.repeats[row] == 6 for row in white)
+    assert all(pictures.repeats[row] == 1 for row in trained if row not in white)

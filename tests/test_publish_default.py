@@ -1,0 +1,46 @@
+"""The shipped checkpoint is put together from a finished run."""
+
+import json
+import shutil
+
+import pytest
+
+from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.publish_default import PublishConfig, main
+
+
+@pytest.fixture
+def run(tiny_pipeline_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    TrainConfig(mixed_precision="bf16", train_batch_size=8).save(folder / "train_config.yaml")
+    lines = [{"step": 0, "held_out_loss": 1.0}]
+    lines += [{"step": step, "loss": 1 / step, "pictures_per_second": 4.0} for step in (50, 100)]
+    lines += [{"step": 100, "held_out_loss": 0.5}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "retrieval.json").write_text(json.dumps({"count": 500, "drawn": {"r_at_1": 0.25, "r_at_10": 0.5}}))
+    (folder / "checkpoint-100").mkdir()
+    return folder
+
+
+def test_folder_and_card(run, tmp_path, capsys):
+    """The card would give another time, command or number than the run's, or the folder would not load."""
+    from diffusers import StableDiffusionPipeline
+
+    output = tmp_path / "published"
+    main(PublishConfig(run=str(run), output_dir=str(output), machine="a test"))
+    card = (output / "README.md").read_text()
+    # 100 steps of 8 pictures at 4 a second are 200 seconds.
+    assert "100 optimizer steps (800 samples) in 3 minutes on a test" in card
+    assert "accelerate launch train_text2img.py --train_batch_size 8 --mixed_precision bf16" in card
+    assert "r_at_1 0.250, r_at_10 0.500" in card
+    assert "CC-BY 4.0" in card and "CC BY-SA 4.0" in card and "cc-by-sa-4.0" in card
+    assert (output / "samples.png").exists() and (output / "curves.png").exists()
+    assert not (output / "checkpoint-100").exists()
+    assert StableDiffusionPipeline.from_pretrained(output).unet is not None
+
+
+def test_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no finished model"):
+        main(PublishConfig(run=str(tmp_path), output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
