@@ -29,6 +29,7 @@ from latentdiff.training import (
 
 def main(config: TrainConfig) -> None:
     accelerator, output_dir = start(config)
+    checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     parts, unet, scheduler = load_networks(config)
     data = load_data(config, accelerator, parts, unet, scheduler)
     total_steps = optimizer_steps(config, data.batches)
@@ -38,7 +39,6 @@ def main(config: TrainConfig) -> None:
     ema = EMA(unet.to(accelerator.device), config.ema_decay) if config.use_ema else None
     save_weights_as_diffusers_does(accelerator, unet, ema)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     log = RunLog(config, accelerator, first_step)
     validation = Validation(config, accelerator, parts, scheduler, data.held_out_loss, ema, log)

@@ -176,14 +176,16 @@ def _report(result: "Measurement", output: str | None) -> None:
 COMMANDS = {Generate: generate, Retrieval: retrieval, Backgrounds: backgrounds}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draw with a latent diffusion model, and measure what it draws.
+def parse(argv: list[str] | None = None) -> Command:
+    """The command that `argv` (by default the process's own) asks for."""
+    description = "Draw with a latent diffusion model, and measure what it draws."
+    return tyro.cli(Generate | Retrieval | Backgrounds, args=argv, prog="latentdiff", description=description)
 
-    A user's mistake (ConfigError) is one line on stderr and status 2; `argv` is the process's own by default.
-    """
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; a user's mistake (ConfigError) is one line on stderr and status 2."""
     with user_errors():
-        description = "Draw with a latent diffusion model, and measure what it draws."
-        command = tyro.cli(Generate | Retrieval | Backgrounds, args=argv, prog="latentdiff", description=description)
+        command = parse(argv)
         COMMANDS[type(command)](command)
 
 

@@ -17,6 +17,12 @@ class ConfigError(Exception):
     """
 
 
+def cache_folder() -> Path:
+    """Where the built emoji and everything encoded is kept: $LATENTDIFF_CACHE, else the user's cache folder."""
+    base = os.environ.get("LATENTDIFF_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentdiff"
+
+
 def packaged_checkpoint() -> str:
     """The shipped checkpoint beside the package in a checkout; a plain relative path elsewhere."""
     beside = Path(__file__).resolve().parent.parent / "checkpoints" / "emoji64"

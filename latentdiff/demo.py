@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from . import emoji
+from .cli import Generate, generate
 from .cli_errors import user_errors
 from .config import ConfigError, packaged_checkpoint
 
@@ -19,19 +20,9 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def draw(checkpoint: str, prompts: tuple[str, ...], path: Path, seed: int = 0) -> None:
-    """A labelled grid of the prompts, drawn by a checkpoint on whatever device there is."""
-    import torch
-
-    from . import LatentDiffPipeline
-    from .grid import labelled_grid
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = LatentDiffPipeline.from_pretrained(checkpoint).to(device)
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipeline(list(prompts), num_inference_steps=50, guidance_scale=4.0, generator=generators).images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(images, prompts, columns=5).save(path)
+def draw(checkpoint: str, prompts: tuple[str, ...], path: Path) -> None:
+    """A labelled grid of the prompts; says where it is."""
+    generate(Generate(checkpoint=checkpoint, prompts=prompts, grid=str(path), columns=5, guidance_scale=4.0))
 
 
 def main() -> None:
@@ -43,8 +34,9 @@ def main() -> None:
     shipped, trained, run = OUTPUT / "shipped.png", OUTPUT / "trained.png", OUTPUT / "run"
     print("1. Drawing with the shipped checkpoint", flush=True)
     draw(checkpoint, PROMPTS, shipped)
-    print(f"   {shipped}\n2. Training a small UNet from scratch on a part of the emoji", flush=True)
-    subprocess.run([sys.executable, "train_text2img.py", "--preset", "demo", "--output_dir", str(run)], check=True)
+    print("2. Training a small UNet from scratch on a part of the emoji", flush=True)
+    script = Path(__file__).resolve().parent.parent / "train_text2img.py"
+    subprocess.run([sys.executable, str(script), "--preset", "demo", "--output_dir", str(run)], check=True)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in lines if "held_out_loss" in line]
     print(

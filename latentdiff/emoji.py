@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .config import ConfigError
+from .config import ConfigError, cache_folder
 from .random_streams import fraction
 
 RESOLUTION = 64
@@ -166,12 +166,6 @@ class EmojiSet:
             for i, (concept, _) in enumerate(self.rows)
             if (concept.in_default or not default) and (held_out is None or concept.held_out == held_out)
         ]
-
-
-def cache_folder() -> Path:
-    """Where built sets and latents are kept: $LATENTDIFF_CACHE, else the user's cache folder."""
-    base = os.environ.get("LATENTDIFF_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentdiff"
 
 
 @lru_cache(maxsize=1)

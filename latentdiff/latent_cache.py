@@ -127,7 +127,8 @@ def _in_fixed_batches(encode: Callable, rows: Sequence[int]) -> tuple[torch.Tens
         batch = list(rows[start : start + ENCODE_BATCH])
         filled = batch + [batch[-1]] * (ENCODE_BATCH - len(batch))
         chunks.append([tensor[: len(batch)].cpu() for tensor in encode(filled)])
-    return tuple(torch.cat(tensors) for tensors in zip(*chunks, strict=True))
+    # Contiguous, as what is read from disk: the UNet takes other kernels, and so other last bits, for other strides.
+    return tuple(torch.cat(tensors).contiguous() for tensors in zip(*chunks, strict=True))
 
 
 def _cached(folder: Path, count: int, encode: Encode, description: str) -> Encode:

@@ -1,12 +1,14 @@
 """Build, load and freeze the three networks: VAE, CLIP text encoder, UNet."""
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import ConfigError
@@ -63,6 +65,9 @@ def load_frozen(path: str, revision: str | None = None, variant: str | None = No
         if kind is not CLIPTokenizer:
             options |= {"variant": variant or _variant_of(path, name), "use_safetensors": True}
         parts[name] = _load(kind, path, options)
+    if set(parts["tokenizer"].get_vocab()) <= set(parts["tokenizer"].all_special_tokens):
+        # transformers makes an empty one where its files are missing; all captions would be the same to it
+        raise ConfigError(f"pretrained_model_name_or_path: no tokenizer could be loaded from {path!r} (it is empty)")
     return FrozenParts(freeze(parts["vae"].float()), freeze(parts["text_encoder"].float()), parts["tokenizer"])
 
 
@@ -86,7 +91,7 @@ def _variant_of(path: str, name: str) -> str | None:
 def _load(kind, path: str, options: dict):
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0][:300]
         raise ConfigError(
             f"pretrained_model_name_or_path: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
@@ -109,7 +114,7 @@ def build_unet(
     if preset in UNET_PRESETS:
         arguments = UNET_PRESETS[preset]
     elif preset.endswith(".json") and Path(preset).is_file():
-        arguments = {k: v for k, v in json.loads(Path(preset).read_text()).items() if not k.startswith("_")}
+        arguments = _read_unet_config(preset)
     else:
         raise ConfigError(
             f"unet: {preset!r} is unknown; it may be 'pretrained', {', '.join(map(repr, UNET_PRESETS))}, "
@@ -124,6 +129,17 @@ def build_unet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # diffusers draws initial weights from the global generator
         return UNet2DConditionModel(**{**arguments, **fixed})
+
+
+def _read_unet_config(path: str) -> dict:
+    try:
+        arguments = {k: v for k, v in json.loads(Path(path).read_text()).items() if not k.startswith("_")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"unet: {path!r} is no UNet's config.json ({error})") from None
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    if unknown := [name for name in arguments if name not in known]:
+        raise ConfigError(f"unet: {path!r} has {unknown[0]!r}, which UNet2DConditionModel does not take")
+    return arguments
 
 
 def freeze(module: torch.nn.Module) -> torch.nn.Module:

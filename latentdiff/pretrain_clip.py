@@ -49,16 +49,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,  # room for the end-of-word bytes and the two marks
+        vocab_size=vocab_size - 2,  # room for the two marks
         initial_alphabet=alphabet,
+        # Every byte exists with and without the end-of-word mark, else a rare letter at a word's end would be lost. In
+        # this order: left to the trainer, their numbers, and so the merges, would be others in every process.
+        special_tokens=[byte + "</w>" for byte in alphabet],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     trained = bpe.get_vocab()
-    # Every byte must exist with and without the end-of-word mark, else a rare letter at a word's end would be lost.
-    tokens = sorted(trained, key=trained.get)
-    tokens += [byte + "</w>" for byte in alphabet if byte + "</w>" not in trained] + [START, END]
+    tokens = sorted(trained, key=trained.get) + [START, END]
     merges = [tuple(pair) for pair in _merges(bpe)]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH)
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import emoji
 from .batches import Batches
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, cache_folder
 from .data import CaptionedPictures, EmojiPictures, OwnPictures
 from .ema import EMA
 from .hub import model_card, push_folder
@@ -175,7 +175,7 @@ def load_data(
 
 
 def _latents_folder(config: TrainConfig) -> Path:
-    folder = Path(config.cache_dir or emoji.cache_folder() / "latents")
+    folder = Path(config.cache_dir or cache_folder() / "latents")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -366,6 +366,7 @@ def finish(
             module.to("cpu")
             module.half() if config.save_dtype == "fp16" else module.float()
         as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
+        _load_text_encoder_in_fp32(Path(config.output_dir))
         _write_card(config)
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
@@ -373,6 +374,12 @@ def finish(
             url = push_folder(config.output_dir, name, private=config.hub_private, ignore_patterns=NOT_PUSHED)
             tqdm.write(f"pushed to {url}")
     accelerator.end_training()
+
+
+def _load_text_encoder_in_fp32(folder: Path) -> None:
+    """Whatever precision it is saved in: transformers keeps the saved one where diffusers loads the UNet in fp32."""
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def _write_card(config: TrainConfig) -> None:
@@ -390,7 +397,7 @@ def _write_card(config: TrainConfig) -> None:
         samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
         training_command=f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
         sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
-        data={own: "see the source of the data"} if own else emoji.CREDITS,
+        data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,
         datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
     ).save(folder / "README.md")

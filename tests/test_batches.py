@@ -1,0 +1,176 @@
+"""What is drawn follows from the seed, the step and the global sample index, and from nothing else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from latentdiff.batches import Batch, Batches
+
+CONFIG = SimpleNamespace(scaling_factor=0.5, shift_factor=None)
+
+
+class Toy:
+    """Rows, moments and hidden states that show where they come from: everything of row r is r."""
+
+    def __init__(self, count: int = 10, held_out=(), repeats=None):
+        self.captions = [["x"] * 3 for _ in range(count)]
+        self.repeats = repeats or [1] * count
+        self.held_out = [row in held_out for row in range(count)]
+        self.ids = [[10 * row + 1, 10 * row + 2, 10 * row + 3] for row in range(count)]
+
+    def moments(self, rows):
+        mean = torch.tensor(rows, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 3, 3)
+        return mean, torch.full_like(mean, 0.25)
+
+    def hidden_states(self):
+        states = SimpleNamespace(ids=self.ids)
+        return type("States", (), {"ids": states.ids, "__call__": lambda self, ids: torch.tensor(ids).view(-1, 1, 1)})()
+
+
+def batches(toy: Toy | None = None, **settings) -> Batches:
+    toy = toy or Toy()
+    options = {
+        "vae_config": CONFIG,
+        "num_train_timesteps": 1000,
+        "seed": 0,
+        "caption_dropout": 0.1,
+        "random_flip": False,
+        "micro_batch": 8,
+    }
+    return Batches(toy, toy.moments, toy.hidden_states(), **{**options, **settings})
+
+
+def captions(batch: Batch) -> list[int]:
+    return batch.encoder_hidden_states.flatten().tolist()
+
+
+FIELDS = ("latents", "noise", "timesteps", "encoder_hidden_states")
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "micro_batch"), [(1, 1, 8), (2, 1, 4), (4, 1, 2), (1, 2, 4), (2, 2, 2), (8, 1, 1)]
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_same_step_on_any_number_of_processes_and_micro_batches(processes, accumulation, micro_batch, flip):
+    """A run on two GPUs would train on other noise, or twice on the same, than a run on one."""
+    one = batches(random_flip=flip)
+    for step in (0, 3):
+        whole = one.at(step)
+        shares = [
+            batches(
+                random_flip=flip,
+                micro_batch=micro_batch,
+                accumulation=accumulation,
+                processes=processes,
+                process=process,
+            ).at(step, micro_step)
+            for micro_step in range(accumulation)
+            for process in range(processes)
+        ]
+        for field in FIELDS:
+            assert torch.equal(torch.cat([getattr(share, field) for share in shares]), getattr(whole, field)), field
+
+
+def test_a_step_can_be_asked_for_in_any_order():
+    """A resumed run would see other batches than an uninterrupted one."""
+    forwards, backwards = batches(), batches()
+    wanted = [forwards.at(step) for step in range(5)]
+    for step in reversed(range(5)):
+        again = backwards.at(step)
+        assert all(torch.equal(getattr(again, field), getattr(wanted[step], field)) for field in FIELDS)
+
+
+def test_steps_and_seeds_differ():
+    """The same noise would come back at every step, or seed 0 would be no seed."""
+    first, second, other = batches().at(0), batches().at(1), batches(seed=1).at(0)
+    for field in ("noise", "timesteps"):
+        assert not torch.equal(getattr(first, field), getattr(second, field))
+        assert not torch.equal(getattr(first, field), getattr(other, field))
+    assert not torch.equal(first.noise[0], first.noise[1])
+
+
+def rows_of(batch: Batch) -> torch.Tensor:
+    """latents = (row + 0.25 * noise) * 0.5, so the mean over 18 numbers is within 0.5 * 0.5 of row / 2."""
+    return (batch.latents.mean(dim=(1, 2, 3)) / CONFIG.scaling_factor).round().long()
+
+
+def test_latents_are_drawn_from_the_posterior_and_scaled_once():
+    """The posterior's mean alone would be trained on, or the noise to be predicted would be in the latent."""
+    drawn = [batches().at(step) for step in range(300)]
+    rows = torch.cat([rows_of(batch) for batch in drawn])
+    latents, noise = torch.cat([b.latents for b in drawn]), torch.cat([b.noise for b in drawn])
+    posterior = (latents / 0.5 - rows[:, None, None, None]) / 0.25
+    # 300 * 8 * 18 = 43,200 standard normal numbers: mean within 5 / sqrt(n), variance within 5 sqrt(2 / n).
+    count = posterior.numel()
+    assert abs(posterior.mean()) < 5 / count**0.5 and abs(posterior.var() - 1) < 5 * (2 / count) ** 0.5
+    assert abs((posterior * noise).mean()) < 5 / count**0.5
+    assert abs(noise.mean()) < 5 / count**0.5 and abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
+
+
+def test_every_epoch_has_every_trained_row_as_often_as_it_repeats_and_no_held_out_one():
+    """Held-out rows would be trained on, or some rows more often than others."""
+    toy = Toy(10, held_out={2, 5}, repeats=[3, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    drawn = batches(toy, micro_batch=5)
+    assert drawn.epoch_length == 10
+    for epoch in range(3):
+        seen = torch.cat([rows_of(drawn.at(2 * epoch)), rows_of(drawn.at(2 * epoch + 1))]).tolist()
+        assert sorted(seen) == [0, 0, 0, 1, 3, 4, 6, 7, 8, 9]
+
+
+def test_timesteps_cover_all_of_the_schedule_evenly():
+    """The strongest or the weakest noise would never be trained."""
+    drawn = torch.cat([batches(num_train_timesteps=10).at(step).timesteps for step in range(1000)])
+    assert drawn.dtype == torch.int64
+    counts = torch.bincount(drawn, minlength=10)
+    assert len(counts) == 10
+    # 8,000 draws, 800 expected each, standard deviation sqrt(8000 * 0.1 * 0.9) = 26.8
+    assert (counts - 800).abs().max() < 5 * 26.8
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
+def test_share_of_dropped_captions(probability):
+    """Guidance would have nothing to push away from, or too few words to follow."""
+    said = [c for step in range(1000) for c in captions(batches(caption_dropout=probability).at(step))]
+    share = said.count(0) / len(said)
+    assert abs(share - probability) <= 5 * (probability * (1 - probability) / len(said)) ** 0.5
+
+
+def test_captions_are_dropped_anew_in_every_epoch():
+    """Drawn once for all, the same tenth of the pictures would stay without captions for the whole run."""
+    drawn = batches(caption_dropout=0.5, micro_batch=10)  # one step is an epoch
+    dropped = {row: [] for row in range(10)}
+    for step in range(30):
+        batch = drawn.at(step)
+        for row, caption in zip(rows_of(batch).tolist(), captions(batch), strict=True):
+            dropped[row].append(caption == 0)
+    # A row kept or dropped in all 30 epochs has probability 2 ** -29.
+    assert all(0 < sum(epochs) < 30 for epochs in dropped.values())
+
+
+def test_every_caption_of_a_picture_is_its_own_and_each_has_its_turn():
+    """A picture would be trained under another's words, or only ever under its first."""
+    seen = {row: set() for row in range(10)}
+    for step in range(60):
+        batch = batches(caption_dropout=0.0).at(step)
+        for row, caption in zip(rows_of(batch).tolist(), captions(batch), strict=True):
+            assert caption // 10 == row
+            seen[row].add(caption % 10)
+    # 48 draws for each row: one of three missing has probability 3 * (2 / 3) ** 48 = 1e-8.
+    assert all(said == {1, 2, 3} for said in seen.values())
+
+
+def test_flips_take_the_mirrored_row_half_of_the_time():
+    """Pictures would always or never be mirrored. Row r's mirror image is row 10 + r of the moments."""
+    rows = torch.cat([rows_of(batches(random_flip=True).at(step)) for step in range(250)])
+    assert rows.max() >= 10
+    share = (rows >= 10).float().mean()
+    assert abs(share - 0.5) < 5 * (0.25 / len(rows)) ** 0.5
+    assert torch.cat([rows_of(batches().at(step)) for step in range(50)]).max() < 10
+
+
+def test_captions_do_not_depend_on_the_flip():
+    """Switching flips on would change the order, the words or the noise as well."""
+    plain, flipped = batches().at(2), batches(random_flip=True).at(2)
+    assert torch.equal(rows_of(plain), rows_of(flipped) % 10)
+    assert all(torch.equal(getattr(plain, field), getattr(flipped, field)) for field in FIELDS[1:])

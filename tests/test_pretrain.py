@@ -1,0 +1,297 @@
+"""How the small VAE and text encoder of the default are made: their losses, their tokens, and exact resumes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss as image_text_loss
+
+from conftest import tiny_components
+from latentdiff import emoji, pretrain_clip, pretrain_vae
+from latentdiff.latents import encode_moments
+from latentdiff.models import encode_prompt, fingerprint, load_frozen
+from latentdiff.pretrain import warmup_cosine
+from latentdiff.pretrain_clip import (
+    MAX_LENGTH,
+    PretrainCLIPConfig,
+    build_clip,
+    clip_loss,
+    contrastive_loss,
+    draw_batch,
+    tokenize,
+    train_tokenizer,
+)
+from latentdiff.pretrain_vae import PretrainVAEConfig, blend, compose, normalise_latents, psnr, vae_loss
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # the numbers here are a CPU's
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def toy_set() -> emoji.EmojiSet:
+    """Twenty-four made-up emoji in two styles, at least one of them held out."""
+    concepts = [
+        emoji.Concept(key=f"{i:x}", names=(f"thing {i}",), category=emoji.CATEGORIES[0], emoji_version=1.0)
+        for i in range(60)
+    ]
+    concepts = sorted(concepts, key=lambda concept: not concept.held_out)[:24]
+    rows = [(concept, style) for concept in concepts for style in emoji.STYLES]
+    pictures = np.random.default_rng(0).integers(0, 256, (len(rows), 64, 64, 4), dtype=np.uint8)
+    built = emoji.EmojiSet(pictures, rows, {})
+    assert built.indices(held_out=True) and built.indices()
+    return built
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+TEXTS = ["a cat, twemoji style", "a red apple on a blue background", "the cat's hat"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS * 3, vocab_size=600)
+
+
+@pytest.mark.parametrize(
+    "text", ["a cat", "ein käse", "猫", "кошка и кот", "🐈‍⬛", "قطة", "zażółć gęślą", "x" * 15, "100 !?"]
+)
+def test_every_text_survives_its_tokens(tokenizer, text):
+    """Letters that the training texts lack would all be the same unknown token: the same prompt to the model."""
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1])
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(decoded.split()) == "".join(text.split())
+
+
+def test_tokens_of_a_saved_tokenizer(tokenizer, tmp_path):
+    """The loaded tokenizer would number words otherwise than the text encoder learned."""
+    tokenizer.save_pretrained(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    texts = [*TEXTS, "猫 кошка", "Two  CATS"]
+    assert loaded(texts).input_ids == tokenizer(texts).input_ids
+    assert len(loaded) == len(tokenizer) <= 600 and loaded.model_max_length == MAX_LENGTH
+    assert loaded("A  CAT").input_ids == tokenizer("a cat").input_ids  # lower case, one space
+    assert len(tokenizer("cat").input_ids) == 3  # a word of the training texts is one token
+
+
+def test_the_same_texts_give_the_same_tokens_every_time(tokenizer):
+    """A resumed run, or a second process, would number its tokens otherwise than the weights were trained with."""
+    for _ in range(5):
+        assert train_tokenizer(TEXTS * 3, vocab_size=600).get_vocab() == tokenizer.get_vocab()
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_contrastive_loss_in_closed_form():
+    """Orthogonal pairs at scale s: each row's loss is log(1 + (B - 1) e^-s); all alike it is log B."""
+    eye = torch.eye(4) * 7
+    assert contrastive_loss(eye, 3 * eye, torch.tensor(2.0)).item() == pytest.approx(math.log(1 + 3 * math.exp(-2)))
+    same = torch.ones(4, 5)
+    assert contrastive_loss(same, same, torch.tensor(9.0)).item() == pytest.approx(math.log(4))
+
+
+def test_clip_loss_is_that_of_transformers(tokenizer):
+    """The towers would be compared otherwise than CLIP compares them, and not be usable as a CLIP."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_clip(tokenizer).eval()
+    pixels = torch.randn(3, 3, 64, 64, generator=seeded())
+    words = tokenize(tokenizer, TEXTS)
+    with torch.no_grad():
+        peer = image_text_loss(model(input_ids=words, pixel_values=pixels).logits_per_text)
+        texts = model.get_text_features(words).pooler_output
+        between_texts = contrastive_loss(texts, texts, model.logit_scale.exp())
+        ours = clip_loss(model, pixels, torch.cat([words, words]))
+    torch.testing.assert_close(ours, (2 * peer + between_texts) / 3)
+
+
+def test_padding_changes_nothing(tokenizer):
+    """A caption's meaning would depend on the longest caption beside it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_clip(tokenizer).eval()
+    with torch.no_grad():
+        alone = model.get_text_features(tokenize(tokenizer, ["a cat"])).pooler_output
+        beside = model.get_text_features(tokenize(tokenizer, ["a cat", TEXTS[1] * 9])).pooler_output
+    torch.testing.assert_close(alone[0], beside[0])
+    assert tokenize(tokenizer, [TEXTS[1] * 9]).shape == (1, MAX_LENGTH)
+
+
+def test_drawn_batches_keep_to_the_splits(toy_set):
+    """Held-out pairs of emoji and colour would be learned, or a caption stand beside another's picture."""
+    concepts = [[i for i in toy_set.indices() if toy_set.rows[i][0] is concept] for concept in
+                dict.fromkeys(toy_set.rows[i][0] for i in toy_set.indices())]  # fmt: skip
+    rows = torch.arange(len(concepts))
+    for seed in range(5):
+        pixels, first, second = draw_batch(toy_set, concepts, rows, seeded(seed))
+        assert pixels.shape == (len(first), 3, 64, 64) and len(first) == len(second) == 4 * len(rows)
+        assert pixels.min() >= -1 and pixels.max() <= 1
+        for i, caption in enumerate(first):
+            concept = toy_set.rows[concepts[i // 4][0]][0]
+            for said in (caption, second[i]):
+                assert concept.names[0] in said
+                assert not any(f"on a {c} background" in said for c in emoji.COLOURS if concept.pair_held_out(c))
+
+
+def test_blend():
+    """Alpha over a colour: a F + (1 - a) B, then [0, 1] to [-1, 1]."""
+    pictures = torch.tensor([[[[255, 0, 0, 51]]]], dtype=torch.uint8)
+    wanted = torch.tensor([0.2 + 0.8 * 0.5, 0.8 * 0.5, 0.8]) * 2 - 1
+    torch.testing.assert_close(blend(pictures, torch.tensor([[0.5, 0.5, 1.0]])).flatten(), wanted)
+
+
+def test_composed_backgrounds_are_shared_out_as_said():
+    """Three in ten on white besides the named ones, three in ten on any colour, half of all mirrored."""
+    count = 20_000
+    pictures = torch.zeros(count, 1, 2, 4, dtype=torch.uint8)
+    pictures[:, :, 0] = torch.tensor([0, 0, 0, 255], dtype=torch.uint8)  # left black, right see-through
+    pixels = compose(pictures, seeded())
+    left_is_black = (pixels[:, :, 0, 0] == -1).all(dim=1)
+    right_is_black = (pixels[:, :, 0, 1] == -1).all(dim=1)
+    assert (left_is_black ^ right_is_black).all()
+    ground = torch.where(left_is_black[:, None], pixels[:, :, 0, 1], pixels[:, :, 0, 0])
+    white = (ground == 1).all(dim=1).float().mean().item()
+    named = torch.tensor(list(emoji.BACKGROUNDS.values())) / 255 * 2 - 1
+    is_named = torch.stack([torch.isclose(ground, colour).all(dim=1) for colour in named]).any(dim=0)
+    for share, expected in (
+        (right_is_black.float().mean().item(), 0.5),
+        (white, 0.3 + 0.4 / 13),
+        (is_named.float().mean().item(), 0.7),
+    ):
+        assert abs(share - expected) < 5 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_vae_loss_term_by_term():
+    """A weight would weigh another term, or the gradient flow through another draw than from the posterior."""
+    vae = tiny_components()["vae"].requires_grad_(False)
+    pixels = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
+    posterior = vae.encode(pixels).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=seeded(1))
+    drawn = vae.decode(posterior.mean + (posterior.logvar / 2).exp() * noise).sample
+    dx = ((drawn[..., 1:] - drawn[..., :-1]) - (pixels[..., 1:] - pixels[..., :-1])).abs().mean()
+    dy = ((drawn[..., 1:, :] - drawn[..., :-1, :]) - (pixels[..., 1:, :] - pixels[..., :-1, :])).abs().mean()
+    # KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 per dimension
+    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
+    config = PretrainVAEConfig(kl_weight=0.3, edge_weight=0.7)
+    expected = (drawn - pixels).abs().mean() + 0.7 * (dx + dy) + 0.3 * kl
+    torch.testing.assert_close(vae_loss(vae, pixels, seeded(1), config), expected)
+
+
+def test_learning_rate():
+    """Linear to the peak, then half a cosine to nothing."""
+    assert [warmup_cosine(step, warmup=4, total=104) for step in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
+    assert warmup_cosine(54, warmup=4, total=104) == pytest.approx(0.5)
+    assert warmup_cosine(104, warmup=4, total=104) == pytest.approx(0)
+
+
+# ---- the normalised VAE ---------------------------------------------------------------------------------------------
+
+
+def test_normalised_latents_are_unit_and_pictures_unchanged():
+    """The UNet would see channels of other scales, or the VAE decode its own latents wrongly."""
+    vae = tiny_components()["vae"].requires_grad_(False)
+    pixels = torch.rand(32, 3, 16, 16, generator=seeded()) * 2 - 1
+    mean, std = encode_moments(vae, pixels)
+    drawn = torch.randn(mean.shape, generator=seeded(1))
+    before = vae.decode(mean + std * drawn).sample
+
+    normalise_latents(vae, pixels)
+    new_mean, new_std = encode_moments(vae, pixels)
+    torch.testing.assert_close(new_mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(new_mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    channel_std = mean.std(dim=(0, 2, 3))[:, None, None]
+    torch.testing.assert_close(new_std, std / channel_std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(new_mean + new_std * drawn).sample, before, rtol=1e-3, atol=1e-4)
+
+    latents = (new_mean + new_std * torch.randn(mean.shape, generator=seeded(2))) * vae.config.scaling_factor
+    assert latents.std().item() == pytest.approx(1, abs=5 / latents.numel() ** 0.5)
+
+
+def test_psnr_in_closed_form():
+    """-10 log10 of the mean squared error over [0, 1]."""
+
+    class Same(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def encode(self, pixels):
+            dist = type("D", (), {"mean": pixels, "std": pixels})
+            return type("E", (), {"latent_dist": dist})
+
+        def decode(self, latents):
+            return type("O", (), {"sample": latents + 0.2})
+
+    assert psnr(Same(), torch.zeros(2, 3, 4, 4)).tolist() == pytest.approx([20.0, 20.0])  # an error of 0.1 of 1
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, module, name: str, call: int) -> None:
+    """The function raises at its `call`-th call, as a run that is killed."""
+    real, calls = getattr(module, name), []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, name, stopping)
+
+
+def run(module, config_type, folder, **settings):
+    options = {"max_train_steps": 4, "train_batch_size": 8, "learning_rate": 1e-3, "checkpointing_steps": 2}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    module.main(config_type(output_dir=str(folder), **{**options, **settings}))
+
+
+def test_both_parts_train_resume_exactly_and_are_what_training_takes(toy_set, tmp_path, monkeypatch):
+    """A killed run would give other weights than one that was not; or train_text2img.py could not use the result."""
+    for module, config_type, loss in (
+        (pretrain_vae, PretrainVAEConfig, "vae_loss"),
+        (pretrain_clip, PretrainCLIPConfig, "clip_loss"),
+    ):
+        settings = {"vocab_size": 600} if module is pretrain_clip else {}
+        monkeypatch.setattr(module.emoji, "load", lambda: toy_set)
+        run(module, config_type, tmp_path / "straight", **settings)
+        stop_at(monkeypatch, module, loss, call=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(module, config_type, tmp_path / "killed", **settings)
+        torch.manual_seed(99)  # nothing may hang on the global generator
+        run(module, config_type, tmp_path / "killed", resume_from_checkpoint="latest", **settings)
+        monkeypatch.undo()
+
+    straight, resumed = load_frozen(str(tmp_path / "straight")), load_frozen(str(tmp_path / "killed"))
+    assert fingerprint(straight.vae) == fingerprint(resumed.vae)
+    assert straight.vae.config.scaling_factor == resumed.vae.config.scaling_factor != 0.18215
+    assert fingerprint(straight.text_encoder) == fingerprint(resumed.text_encoder)
+    clips = [CLIPModel.from_pretrained(tmp_path / name / "clip") for name in ("straight", "killed")]
+    assert fingerprint(clips[0]) == fingerprint(clips[1])
+
+    torch.manual_seed(0)
+    assert fingerprint(straight.vae) != fingerprint(pretrain_vae.build_vae())
+    hidden = encode_prompt(straight, ["a cat", ""])
+    assert hidden.shape == (2, MAX_LENGTH, 192)
+    with torch.no_grad():  # the text encoder that conditions is the one that was trained
+        ids = tokenize(straight.tokenizer, ["a cat"])
+        peer = clips[0].text_model(ids).last_hidden_state
+    torch.testing.assert_close(hidden[:1, : ids.shape[1]], peer)
+    assert type(straight.vae) is AutoencoderKL

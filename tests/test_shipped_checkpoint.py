@@ -1,0 +1,80 @@
+"""The checkpoint in the repository: small, complete, the same in plain diffusers, and it follows words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stranger import stranger_draws
+
+from latentdiff import DDIMScheduler, LatentDiffPipeline
+
+FOLDER = Path(__file__).resolve().parent.parent / "checkpoints" / "emoji64"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return _quiet(LatentDiffPipeline.from_pretrained(FOLDER))
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, prompts, steps=10):
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    return pipeline(
+        prompts, num_inference_steps=steps, guidance_scale=4.0, generator=generators, output_type="np"
+    ).images
+
+
+def test_size_and_parts():
+    """It would not fit beside the code, or lack what a stranger needs."""
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 40e6
+    index = json.loads((FOLDER / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    for name in ("pipeline.py", "noise_schedule.py", "scheduling_ddim.py", "scheduling_ddpm.py", "README.md"):
+        assert (FOLDER / name).is_file()
+    assert not list(FOLDER.rglob("*.bin")) and not list(FOLDER.rglob("*.pkl"))
+
+
+def test_code_in_the_folder_is_the_packages():
+    """A stranger would run an older scheduler or pipeline than the repository's."""
+    from latentdiff.pipelines.text2img import _code_files
+
+    for name, source in _code_files().items():
+        assert (FOLDER / name).read_text() == source, f"{name}: save the checkpoint anew"
+
+
+def test_card_names_licences():
+    card = (FOLDER / "README.md").read_text()
+    assert "license: cc-by-sa-4.0" in card and "Twemoji" in card and "OpenMoji" in card
+
+
+def test_plain_stable_diffusion_draws_the_same_to_the_last_bit(pipeline):
+    from diffusers import StableDiffusionPipeline
+
+    plain = _quiet(StableDiffusionPipeline.from_pretrained(FOLDER))
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert np.array_equal(draw(pipeline, ["a cat"]), draw(plain, ["a cat"]))
+
+
+def test_stranger_without_latentdiff_draws_the_same_to_the_last_bit(pipeline):
+    drawn = pipeline(
+        "a cat", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
+    assert torch.equal(stranger_draws(str(FOLDER)), torch.as_tensor(drawn))
+
+
+def test_background_has_the_colour_that_was_asked_for(pipeline):
+    """The prompt would not reach the UNet: chance is 1 in 13 for each."""
+    from PIL import Image
+
+    from latentdiff.evaluation import border_colour, nearest_colour
+
+    colours = ["red", "blue", "green", "purple", "yellow", "black"]
+    images = draw(pipeline, [f"a rocket on a {colour} background" for colour in colours], steps=20)
+    drawn = [nearest_colour(border_colour(Image.fromarray((image * 255).round().astype("uint8")))) for image in images]
+    assert sum(a == b for a, b in zip(drawn, colours, strict=True)) >= 4, drawn

@@ -1,0 +1,505 @@
+"""The training script from end to end, at toy size: what it draws, saves, resumes, publishes and refuses."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler as PeerScheduler
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from PIL import Image
+
+from hub_server import USER
+from latentdiff.cli_errors import run_training
+from latentdiff.config import TrainConfig
+from latentdiff.models import fingerprint, load_frozen, load_unet
+from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # the numbers here are a CPU's
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """accelerate keeps its state between accelerators of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_text2img", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        shades = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(shades).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a cat"}) for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("data") / "pics", 12)
+
+
+@pytest.fixture
+def settings(tiny_pipeline_folder, pictures, tmp_path) -> dict:
+    """A run of four steps of eight pictures."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_pipeline_folder),
+        "unet": "pretrained",
+        "train_data_dir": str(pictures),
+        "cache_dir": str(tmp_path / "cache"),
+        "output_dir": str(tmp_path / "run"),
+        "train_batch_size": 8,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 3,
+        "logging_steps": 1,
+        "validation_prompts": (),
+        "report_to": "none",
+        "checkpoints_total_limit": None,
+    }
+
+
+@pytest.fixture
+def train(script, settings):
+    """Run the script in this process with changed settings; returns the output folder."""
+
+    def run(**changes) -> Path:
+        reset_accelerate()
+        torch.manual_seed(torch.seed())  # nothing may hang on the global generator
+        config = TrainConfig(**{**settings, **changes})
+        script.main(config)
+        return Path(config.output_dir)
+
+    return run
+
+
+def losses(folder: Path, key: str = "loss") -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(folder: Path, part: str = "unet") -> bytes:
+    return (folder / part / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def parameters(folder: Path, part: str = "unet") -> list[torch.Tensor]:
+    return [p.detach() for p in UNet2DConditionModel.from_pretrained(folder / part).parameters()]
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*checkpoint*")}
+
+
+def draws(folder: Path) -> np.ndarray:
+    """What plain diffusers draws from a finished folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipeline("a cat", num_inference_steps=2, generator=generator).images[0])
+
+
+# ---- what is trained ------------------------------------------------------------------------------------------------
+
+
+def test_from_the_cache_and_without_it_to_the_last_bit(train, settings, tmp_path):
+    """Latents of the cache would be scaled twice, be of other crops, or be drawn with other noise."""
+    changes = {"random_flip": True, "held_out_fraction": 0.3, "validation_steps": 2, "caption_dropout": 0.3}
+    cached = train(output_dir=str(tmp_path / "cached"), **changes)
+    again = train(output_dir=str(tmp_path / "again"), **changes)
+    anew = train(output_dir=str(tmp_path / "anew"), cache_latents=False, **changes)
+    assert len(losses(cached)) == 4 and len(losses(cached, "held_out_loss")) == 3
+    for other in (again, anew):
+        assert losses(cached) == losses(other)
+        assert losses(cached, "held_out_loss") == losses(other, "held_out_loss")
+        assert weights(cached) == weights(other)
+
+
+def test_frozen_parts_are_the_same_before_and_after(train, settings):
+    """VAE and text encoder would drift while the UNet is trained on their old results."""
+    before = load_frozen(settings["pretrained_model_name_or_path"])
+    run = train(validation_prompts=("a cat",), validation_steps=2, validation_inference_steps=1)
+    after = load_frozen(str(run))
+    assert fingerprint(before.vae) == fingerprint(after.vae)
+    assert fingerprint(before.text_encoder) == fingerprint(after.text_encoder)
+    assert before.tokenizer(["a cat"]).input_ids == after.tokenizer(["a cat"]).input_ids
+    assert fingerprint(load_unet(str(run))) != fingerprint(load_unet(settings["pretrained_model_name_or_path"]))
+
+
+def batch_of(config: TrainConfig, step: int = 0):
+    reset_accelerate()
+    parts, unet, scheduler = load_networks(config)
+    return load_data(config, Accelerator(), parts, unet, scheduler).batches.at(step)
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_one_step_is_adamw_on_the_clipped_gradient(train, settings, snr_gamma):
+    """Another loss, noise level, clipping, learning rate or optimizer than the settings say."""
+    changes = {"max_train_steps": 1, "checkpointing_steps": 1, "max_grad_norm": 0.05, "adam_weight_decay": 0.1}
+    run = train(snr_gamma=snr_gamma, **changes)
+
+    source = settings["pretrained_model_name_or_path"]
+    batch = batch_of(TrainConfig(**{**settings, **changes}))
+    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
+    schedule = PeerScheduler.from_pretrained(source, subfolder="scheduler")
+    before = [p.detach().clone() for p in unet.parameters()]
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    output = unet(noisy, batch.timesteps, encoder_hidden_states=batch.encoder_hidden_states).sample
+    per_sample = ((output - batch.noise) ** 2).mean(dim=(1, 2, 3))
+    if snr_gamma:  # as diffusers' own example weighs the epsilon loss
+        snr = compute_snr(schedule, batch.timesteps)
+        per_sample = per_sample * torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / snr
+    loss = per_sample.mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.05)
+    assert norm > 0.05  # else clipping would not be tested
+    # Three steps of warm-up: the first has a third of the learning rate. AdamW, Loshchilov & Hutter 2019, algorithm 2:
+    rate, beta1, beta2, eps = 1e-3 / 3, 0.9, 0.99, 1e-8
+    expected = []
+    for old, parameter in zip(before, unet.parameters(), strict=True):
+        gradient = torch.zeros_like(old) if parameter.grad is None else parameter.grad
+        first, second = (1 - beta1) * gradient / (1 - beta1), (1 - beta2) * gradient**2 / (1 - beta2)
+        expected.append(old - rate * 0.1 * old - rate * first / (second.sqrt() + eps))
+    assert losses(run)[1] == pytest.approx(loss.item(), rel=1e-5)
+    for ours, wanted, gradient in zip(
+        parameters(run, "checkpoint-1/unet"), expected, (p.grad for p in unet.parameters()), strict=True
+    ):
+        # Where the gradient is about eps or less, its sign is rounding; everywhere else the step is exact.
+        clear = gradient.abs() > 1e-6
+        torch.testing.assert_close(ours[clear], wanted[clear], rtol=1e-5, atol=2e-6)
+
+
+def test_two_micro_batches_of_four_are_one_of_eight(train, tmp_path):
+    """Accumulated gradients would be summed, cut too early, or be of other pictures."""
+    one = train(output_dir=str(tmp_path / "one"), adam_epsilon=1e-4)
+    two = train(output_dir=str(tmp_path / "two"), train_batch_size=4, gradient_accumulation_steps=2, adam_epsilon=1e-4)
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+    for a, b in zip(parameters(one), parameters(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_average_and_the_plain_weights(train, settings, tmp_path):
+    """The finished model would hold the other of the two. After one step the average is d w0 + (1 - d) w1."""
+    changes = {"max_train_steps": 1, "checkpointing_steps": 1}
+    averaged = train(output_dir=str(tmp_path / "ema"), **changes)
+    plain = train(output_dir=str(tmp_path / "plain"), use_ema=False, **changes)
+    assert weights(plain) == weights(plain, "checkpoint-1/unet") == weights(averaged, "checkpoint-1/unet")
+    assert not (plain / "checkpoint-1" / "unet_ema").exists()
+    assert weights(averaged) == weights(averaged, "checkpoint-1/unet_ema") != weights(plain)
+    decay = 2 / 11  # min(0.999, (1 + step) / (10 + step)) at step 1
+    start = list(load_unet(settings["pretrained_model_name_or_path"]).parameters())
+    for ours, w0, w1 in zip(parameters(averaged), start, parameters(plain), strict=True):
+        torch.testing.assert_close(ours, decay * w0.detach() + (1 - decay) * w1, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_rate_in_closed_form():
+    """The rate would depend on micro-batches, or the first step have none."""
+
+    def rates(name, steps, total=10, warmup=4):
+        config = TrainConfig(lr_scheduler=name, learning_rate=2.0, lr_warmup_steps=warmup)
+        rate = learning_rate_at(config, total)
+        return pytest.approx([rate(step) for step in steps])
+
+    assert rates("constant", (0, 5, 9)) == [2, 2, 2]
+    assert rates("constant_with_warmup", (0, 1, 3, 4, 9)) == [0.5, 1, 2, 2, 2]
+    assert rates("linear", (0, 3, 4, 7, 9)) == [0.5, 2, 2, 1, 2 / 6]
+    assert rates("cosine", (0, 3, 4, 7)) == [0.5, 2, 2, 1]
+    assert rates("linear", (0, 5), warmup=0) == [2, 1]
+
+
+def test_epochs_count_optimizer_steps():
+    """Two passes over 12 pictures in steps of 8 are three steps."""
+
+    class Batches:
+        epoch_length, global_batch = 12, 8
+
+    assert optimizer_steps(TrainConfig(num_train_epochs=2), Batches()) == 3
+    assert optimizer_steps(TrainConfig(num_train_epochs=1), Batches()) == 2
+    assert optimizer_steps(TrainConfig(max_train_steps=7), Batches()) == 7
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_those_that_diffusers_example_leaves(train, tmp_path):
+    """Who comes from diffusers' script would find other folders, or lose checkpoints."""
+    run = train(checkpointing_steps=2)
+    assert checkpoints(run) == {"checkpoint-2", "checkpoint-4"}
+    for name in ("checkpoint-2", "checkpoint-4"):
+        unet = UNet2DConditionModel.from_pretrained(run, subfolder=f"{name}/unet")
+        assert unet.config.cross_attention_dim == 16
+    assert draws(run).shape == (16, 16, 3)
+
+    shutil.rmtree(run / "checkpoint-2")
+    first = losses(run)
+    train(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="checkpoint-4")
+    assert checkpoints(run) == {"checkpoint-4", "checkpoint-6"}
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6] and first.items() <= losses(run).items()
+
+
+def test_a_limit_keeps_the_newest(train):
+    run = train(checkpointing_steps=2, max_train_steps=6, checkpoints_total_limit=2)
+    assert checkpoints(run) == {"checkpoint-4", "checkpoint-6"}
+    train(checkpointing_steps=2, max_train_steps=8, checkpoints_total_limit=2, resume_from_checkpoint="checkpoint-4")
+    assert checkpoints(run) == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_latest(train):
+    """A fresh folder would be refused, a half-written checkpoint taken, or a finished run take one more step."""
+    run = train(checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert list(losses(run)) == [1, 2, 3, 4]
+    shutil.copytree(run / "checkpoint-4", run / "checkpoint-9")
+    (run / "checkpoint-9" / "state.json").unlink()
+    saved, logged = weights(run), losses(run)
+    for steps in (4, 3):  # at the end, and past it: nothing is trained, and the model is saved as the checkpoint has it
+        train(checkpointing_steps=2, resume_from_checkpoint="latest", max_train_steps=steps)
+        assert weights(run) == saved and losses(run) == logged
+    assert checkpoints(run) == {"checkpoint-2", "checkpoint-4", "checkpoint-9"}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypatch, accumulation):
+    """Order of the data, noise, learning rate, optimizer or average would start again at a resume."""
+    changes = {
+        "train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "checkpointing_steps": 2,
+        "random_flip": True,
+    }
+    whole = train(output_dir=str(tmp_path / "whole"), **changes)
+
+    real, calls = script.training_loss, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) > 3 * accumulation:  # in step 4, after the checkpoint at 2
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(script, "training_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(output_dir=str(tmp_path / "killed"), **changes)
+    monkeypatch.undo()
+    resumed = train(output_dir=str(tmp_path / "killed"), resume_from_checkpoint="latest", **changes)
+    assert losses(resumed) == losses(whole) and list(losses(whole)) == [1, 2, 3, 4]
+    for part in ("unet", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
+        assert weights(resumed, part) == weights(whole, part), part
+
+
+def test_a_resume_on_smaller_micro_batches_takes_the_same_steps(train, tmp_path):
+    """Who runs out of memory halves the batch and doubles the accumulation; steps must not fall apart."""
+    changes = {"checkpointing_steps": 1, "adam_epsilon": 1e-4}
+    whole = train(output_dir=str(tmp_path / "whole"), **changes)
+    split = train(output_dir=str(tmp_path / "split"), max_train_steps=1, **changes)
+    train(
+        output_dir=str(split),
+        train_batch_size=4,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint="latest",
+        **changes,
+    )
+    for a, b in zip(parameters(whole), parameters(split), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_validation_changes_nothing_in_the_run(train, tmp_path):
+    """Training would go on from the averaged weights, or with other random numbers."""
+    without = train(output_dir=str(tmp_path / "without"), checkpointing_steps=4)
+    run = train(
+        output_dir=str(tmp_path / "with"),
+        checkpointing_steps=4,
+        validation_prompts=("a cat", "a dog"),
+        validation_steps=2,
+        validation_inference_steps=1,
+        report_to="tensorboard",
+    )
+    assert sorted(path.name for path in (run / "validation").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+    assert Image.open(run / "validation" / "step-0000004.png").width > 2 * 128
+    assert list((run / "logs").rglob("events*"))
+    assert losses(run) == losses(without)
+    assert weights(run, "checkpoint-4/unet") == weights(without, "checkpoint-4/unet")
+
+
+# ---- the finished folder --------------------------------------------------------------------------------------------
+
+
+def test_saved_in_half_precision_it_loads_in_full(train, tmp_path):
+    """A model of half the size would not load by default, or hold other numbers than the rounded ones."""
+    full = train(output_dir=str(tmp_path / "full"), max_train_steps=1)
+    half = train(output_dir=str(tmp_path / "half"), max_train_steps=1, save_dtype="fp16")
+    assert len(weights(half)) < 0.6 * len(weights(full))
+    assert draws(half).shape == (16, 16, 3)
+    for a, b in zip(parameters(half), parameters(full), strict=True):
+        assert torch.equal(a.float(), b.half().float())
+
+
+def test_pushed_is_the_model_and_not_the_run(hub, train):
+    """Gigabytes of optimizer states, and paths of the machine, would be published."""
+    run = train(
+        push_to_hub=True,
+        hub_model_id=f"{USER}/cats",
+        hub_private=True,
+        checkpointing_steps=2,
+        validation_prompts=("a cat",),
+        validation_inference_steps=1,
+        report_to="tensorboard",
+    )
+    (run / ".tmp-checkpoint-6").mkdir()
+    pushed = set(hub.files(f"{USER}/cats"))
+    assert f"{USER}/cats" in hub.private
+    assert {"model_index.json", "unet/config.json", "pipeline.py", "README.md", "scheduler/scheduler_config.json"} <= (
+        pushed
+    )
+    assert "validation/step-0000004.png" in pushed
+    assert not [path for path in pushed if path.startswith(("checkpoint-", ".tmp-", "logs/"))]
+    card = hub.files(f"{USER}/cats")["README.md"].decode()
+    assert "validation/step-0000004.png" in card and f'from_pretrained("{USER}/cats")' in card
+
+
+def test_the_saved_settings_start_the_same_run_again(script, train, tmp_path):
+    """train_config.yaml would lack something that decides the run."""
+    first = train(seed=3, caption_dropout=0.5, random_flip=True)
+    reset_accelerate()
+    run_training(script.main, ["--config", str(first / "train_config.yaml"), "--output_dir", str(tmp_path / "second")])
+    assert losses(first) == losses(tmp_path / "second") and weights(first) == weights(tmp_path / "second")
+
+
+def test_a_data_set_by_name(train, settings, pictures, tmp_path):
+    """`--dataset_name` with a path would train on other pictures than `--train_data_dir` with the same one."""
+    by_folder = train(output_dir=str(tmp_path / "folder"))
+    by_name = train(output_dir=str(tmp_path / "name"), train_data_dir=None, dataset_name=str(pictures))
+    assert losses(by_folder) == losses(by_name)
+
+
+def test_one_broken_picture_does_not_end_the_run(train, tmp_path):
+    """A long run would die of one bad file, or skip it in silence."""
+    folder = make_pictures(tmp_path / "some", 12)
+    (folder / "5.png").write_bytes(b"broken")
+    run = train(train_data_dir=str(folder), max_rejected_fraction=0.1, max_train_steps=1)
+    (line,) = (run / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == "5.png" and list(losses(run)) == [1]
+
+
+def test_emoji_from_new_weights(train):
+    """The way without arguments: the embedded pictures and a UNet with new weights."""
+    run = train(train_data_dir=None, unet="tiny", resolution=64, max_train_samples=1, max_train_steps=1)
+    assert list(losses(run)) == [1] and list(losses(run, "held_out_loss")) == [0, 1]
+    card = (run / "README.md").read_text()
+    assert "license: cc-by-sa-4.0" in card and "OpenMoji" in card and "Twemoji" in card
+
+
+# ---- from the command line ------------------------------------------------------------------------------------------
+
+
+def launch(*command: str, folder: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def flags(settings: dict) -> list[str]:
+    said = []
+    for name, value in settings.items():
+        if value != () and value is not None:
+            said += [f"--{name}", str(value)]
+    return said
+
+
+def test_finetuning_from_the_command_line(settings, tmp_path):
+    """The command of the README would not work as it stands there."""
+    folder = make_pictures(tmp_path / "five", 5)
+    settings |= {"train_data_dir": str(folder), "train_batch_size": 2, "max_train_steps": 2}
+    command = ["-m", "accelerate.commands.launch", "-q", "--cpu", "--num_processes=1", str(SCRIPT), "--preset=finetune"]
+    done = launch(*command, *flags(settings), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert draws(tmp_path / "run").shape == (16, 16, 3)
+    assert list(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_two_processes_take_the_steps_of_one(train, settings, tmp_path):
+    """On two GPUs both would train on the same noise, or the run be another one."""
+    one = train(output_dir=str(tmp_path / "one"), adam_epsilon=1e-4, max_train_steps=2)
+    settings |= {"train_batch_size": 4, "adam_epsilon": 1e-4, "max_train_steps": 2, "checkpointing_steps": 2}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    done = launch(*command, *flags(settings), folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = tmp_path / "run"
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+    for a, b in zip(parameters(one), parameters(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert checkpoints(two) == {"checkpoint-2"}
+
+
+def test_a_missing_model_is_one_line_in_a_process_of_its_own(settings, tmp_path):
+    """The libraries' own messages and tracebacks would bury ours."""
+    settings["pretrained_model_name_or_path"] = str(tmp_path / "no-model")
+    done = launch(str(SCRIPT), *flags(settings), folder=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: pretrained_model_name_or_path") and "no-model" in line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"pretrained_model_name_or_path": "no-such-model"}, "no-such-model"),
+        ({"train_data_dir": "no-such-folder"}, "no-such-folder"),
+        ({"train_data_dir": "broken"}, "1.png"),
+        ({"train_data_dir": "no-caption"}, "1.png: its caption is missing"),
+        ({"train_data_dir": "no-metadata"}, "metadata.jsonl"),
+        ({"dataset_name": "no-such-set"}, "no-such-set"),
+        ({"preset": "emoji65"}, "'emoji64', 'demo', 'finetune'"),
+        ({"unet": "emoji65"}, "unet: 'emoji65'"),
+        ({"resolution": "20"}, "resolution: 20 is no multiple of 8"),
+        ({"output_dir": "file/run"}, "output_dir: 'file/run' cannot be written"),
+        ({"cache_dir": "file/cache"}, "cache_dir: 'file/cache' cannot be written"),
+        ({"config": "wrong.yaml"}, "wrong.yaml' has no setting named 'lerning_rate'"),
+        ({"report_to": "paper"}, "report_to"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "'checkpoint-7'"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_clear_line(script, settings, capsys, tmp_path, monkeypatch, wrong, said):
+    """A user's mistake would be a traceback, or the line not name what is wrong."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("broken", "no-caption", "no-metadata"):
+        make_pictures(tmp_path / name, 3)
+    (tmp_path / "broken" / "1.png").write_bytes(b"broken")
+    (tmp_path / "no-metadata" / "metadata.jsonl").unlink()
+    metadata = tmp_path / "no-caption" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("picture 1 of a cat", ""))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "wrong.yaml").write_text("lerning_rate: 1\n")
+    if "dataset_name" in wrong:
+        settings["train_data_dir"] = None
+    with pytest.raises(SystemExit) as end:
+        run_training(script.main, flags({**settings, **wrong}))
+    # Progress bars, which are drawn on stderr too, are not messages.
+    bars = ("/s]", "Resolving data files")
+    printed = [line for line in capsys.readouterr().err.splitlines() if line and not any(bar in line for bar in bars)]
+    assert end.value.code == 2
+    assert len(printed) == 1 and printed[0].startswith("error: ") and said in printed[0], printed
