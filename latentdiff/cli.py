@@ -86,8 +86,10 @@ def load_pipeline(checkpoint: str, device: str | None) -> Any:
 
     import torch
 
+    from .models import hide_loading_bars
     from .pipelines.text2img import LatentDiffPipeline
 
+    hide_loading_bars()
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

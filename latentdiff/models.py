@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -140,6 +142,12 @@ def _read_unet_config(path: str) -> dict:
     if unknown := [name for name in arguments if name not in known]:
         raise ConfigError(f"unet: {path!r} has {unknown[0]!r}, which UNet2DConditionModel does not take")
     return arguments
+
+
+def hide_loading_bars() -> None:
+    """Switch off the libraries' bars for loading and saving weights, which take no time here and hide our own lines."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def freeze(module: torch.nn.Module) -> torch.nn.Module:

@@ -15,7 +15,7 @@ import tyro
 
 from . import emoji
 from .cli_errors import run_cli
-from .config import ConfigError, TrainConfig, read_config
+from .config import PRESETS, ConfigError, TrainConfig, read_config
 from .demo import PROMPTS, draw
 from .hub import model_card
 
@@ -33,8 +33,8 @@ class PublishConfig:
     """Where the checkpoint goes; what is there is replaced."""
     machine: str = "2 CPU cores"
     """What the run was trained on, for the card."""
-    clip: str | None = None
-    """Folder of the whole CLIP that the text encoder is half of, to be shipped too."""
+    note: str = ""
+    """What else the card should say of the run."""
 
 
 def main(config: PublishConfig) -> None:
@@ -46,15 +46,13 @@ def main(config: PublishConfig) -> None:
         target = output / path.name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
-    if config.clip:
-        shutil.copytree(config.clip, output / "clip", dirs_exist_ok=True)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES)
     draw(str(output), PROMPTS, output / SAMPLES)
     model_card(
         "emoji64",
         license="cc-by-sa-4.0",
-        description=_description(run, log, config.machine),
+        description=f"{_description(run, log, config.machine)} {config.note}".strip(),
         samples={SAMPLES: "; ".join(PROMPTS)},
         training_command=_command(run / "train_config.yaml"),
         sampler="Samples: DDIM, 50 steps, guidance 4. Each measure names its own.",
@@ -110,7 +108,7 @@ def _parameters(folder: Path) -> float:
 
 def _command(path: Path) -> str:
     """The run as a command line: every setting that differs from its default, but for where files lie."""
-    saved, default = read_config(str(path)), TrainConfig()
+    saved, default = read_config(str(path)), TrainConfig(**PRESETS["emoji64"])
     left_out = {"output_dir", "cache_dir", "pretrained_model_name_or_path", "resume_from_checkpoint", "report_to"}
     words = []
     for field in fields(TrainConfig):

@@ -26,7 +26,7 @@ from .ema import EMA
 from .hub import model_card, push_folder
 from .latent_cache import HiddenStates, Moments, build_in_turn
 from .latents import downsampling_factor
-from .models import FrozenParts, build_unet, load_frozen, load_unet
+from .models import FrozenParts, build_unet, hide_loading_bars, load_frozen, load_unet
 from .pipelines.text2img import LatentDiffPipeline
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
@@ -41,6 +41,7 @@ def start(config: TrainConfig) -> tuple[Accelerator, Path]:
     Raises:
         ConfigError: the folder cannot be written, or the tracker is unknown.
     """
+    hide_loading_bars()
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,8 @@ class RunLog:
         self._accelerator, self._path = accelerator, Path(config.output_dir) / "log.jsonl"
         if accelerator.is_main_process:
             lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() and first_step else []
-            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run may have cut its last one
+            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Add `values` after optimizer step number `step`."""

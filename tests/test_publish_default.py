@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.config import PRESETS, ConfigError, TrainConfig
 from latentdiff.publish_default import PublishConfig, main
 
 
@@ -13,7 +13,7 @@ from latentdiff.publish_default import PublishConfig, main
 def run(tiny_pipeline_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_pipeline_folder, folder)
-    TrainConfig(mixed_precision="bf16", train_batch_size=8).save(folder / "train_config.yaml")
+    TrainConfig(**PRESETS["emoji64"], mixed_precision="bf16", train_batch_size=8).save(folder / "train_config.yaml")
     lines = [{"step": 0, "held_out_loss": 1.0}]
     lines += [{"step": step, "loss": 1 / step, "pictures_per_second": 4.0} for step in (50, 100)]
     lines += [{"step": 100, "held_out_loss": 0.5}]

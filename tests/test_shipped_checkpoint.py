@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stranger import stranger_draws
 
 from latentdiff import DDIMScheduler, LatentDiffPipeline
+from stranger import stranger_draws
 
 FOLDER = Path(__file__).resolve().parent.parent / "checkpoints" / "emoji64"
 
