@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from PIL import Image
 
 from .cli_errors import user_errors
 from .config import ConfigError
@@ -121,6 +122,8 @@ def generate(command: Generate) -> None:
         raise ConfigError('--prompts is empty: give one or more, such as --prompts "a cat" "a dog"')
     if command.columns < 1:
         raise ConfigError(f"--columns is {command.columns}; it must be at least 1")
+    if command.grid is not None and Path(command.grid).suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"{command.grid} cannot be written: its suffix names no picture format")
     settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
     from .evaluation import draw
     from .grid import labelled_grid
@@ -143,7 +146,7 @@ def _save(image: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-    except (OSError, ValueError) as error:  # Pillow's ValueError: a suffix that is no picture format
+    except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from None
     print(path)
 

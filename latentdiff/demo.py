@@ -12,6 +12,7 @@ from .cli_errors import user_errors
 from .config import ConfigError, packaged_checkpoint
 
 OUTPUT = Path("demo-output")
+GUIDANCE_SCALE = 4.0
 PROMPTS = (
     "a cat", "a dog", "a red apple", "pizza", "a yellow star", "a blue car", "a rocket", "a house",
     "a tree", "a smiling face", "a fish", "a clock", "a guitar", "an umbrella", "a slice of cake", "a butterfly",
@@ -20,9 +21,19 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def draw(checkpoint: str, prompts: tuple[str, ...], path: Path) -> None:
-    """A labelled grid of the prompts; says where it is."""
-    generate(Generate(checkpoint=checkpoint, prompts=prompts, grid=str(path), columns=5, guidance_scale=4.0))
+def draw(checkpoint: str, prompts: tuple[str, ...], grid: Path, folder: Path | None = None) -> None:
+    """A labelled grid of the prompts, and each picture in `folder`; says where they are."""
+    single = None if folder is None else str(folder)
+    generate(
+        Generate(
+            checkpoint=checkpoint,
+            prompts=prompts,
+            grid=str(grid),
+            output_dir=single,
+            columns=5,
+            guidance_scale=GUIDANCE_SCALE,
+        )
+    )
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ def model_card(
     repo_id: str | None = None,
     description: str = "",
     samples: Mapping[str, str] | None = None,
+    prompt: str = "a cat",
     training_command: str = "",
     sampler: str = "",
     data: Mapping[str, str] | None = None,
@@ -42,6 +43,7 @@ def model_card(
     Args:
         license: the Hub's identifier, such as "apache-2.0" or "cc-by-sa-4.0".
         repo_id: where the folder will live, for the lines that load it.
+        prompt: what the lines that show its use draw.
         samples: picture file -> its prompt. This and `curves` (picture files) are paths inside the folder.
         sampler: in words, with steps and guidance: what drew the samples and what the metrics were measured with.
         data: each data set -> its licence and credit.
@@ -58,7 +60,7 @@ def model_card(
             raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
     sections = {
         "Samples": _picture_table(samples),
-        "Use": _usage(repo_id or "path/to/this/folder", next(iter(samples.values()), "a cat")),
+        "Use": _usage(repo_id or "path/to/this/folder", prompt),
         "Sampler": sampler,
         "Metrics": _table(("measure", "value"), (metrics or {}).items()),
         "Training": _code("bash", training_command) if training_command else "",

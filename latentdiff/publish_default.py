@@ -20,7 +20,7 @@ from .demo import PROMPTS, draw
 from .hub import model_card
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-SAMPLES, CURVES = "samples.png", "curves.png"
+GRID, SAMPLES, CURVES = "samples.png", "samples", "curves.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,14 @@ def main(config: PublishConfig) -> None:
         shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES)
-    draw(str(output), PROMPTS, output / SAMPLES)
+    shutil.rmtree(output / SAMPLES, ignore_errors=True)
+    draw(str(output), PROMPTS, output / GRID, output / SAMPLES)
+    pictures = sorted((output / SAMPLES).glob("*.png"))
     model_card(
         "emoji64",
         license="cc-by-sa-4.0",
         description=f"{_description(run, log, config.machine)} {config.note}".strip(),
-        samples={SAMPLES: "; ".join(PROMPTS)},
+        samples={f"{SAMPLES}/{path.name}": prompt for path, prompt in zip(pictures, PROMPTS, strict=True)},
         training_command=_command(run / "train_config.yaml"),
         sampler="Samples: DDIM, 50 steps, guidance 4. Each measure names its own.",
         data=emoji.CREDITS,

@@ -397,6 +397,7 @@ def _write_card(config: TrainConfig) -> None:
         repo_id=config.hub_model_id,
         description="A latent text-to-image diffusion model, trained with latentdiff.",
         samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
+        prompt=next(iter(config.validation_prompts), "a cat"),
         training_command=f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
         sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
         data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
