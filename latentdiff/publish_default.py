@@ -63,7 +63,7 @@ def main(config: PublishConfig) -> None:
         curves=[CURVES],
         limits=[
             "It draws emoji it was trained on, at 64x64; what it never saw comes out as something it did.",
-            "Fine texture and small text blur.",
+            "The VAE blurs fine texture and small text.",
         ],
     ).save(output / "README.md")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

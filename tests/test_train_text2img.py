@@ -443,9 +443,10 @@ def test_finetuning_from_the_command_line(settings, tmp_path):
 def test_two_processes_take_the_steps_of_one(train, settings, tmp_path):
     """On two GPUs both would train on the same noise, or the run be another one."""
     one = train(output_dir=str(tmp_path / "one"), adam_epsilon=1e-4, max_train_steps=2)
-    settings |= {"train_batch_size": 4, "adam_epsilon": 1e-4, "max_train_steps": 2, "checkpointing_steps": 2}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-    done = launch(*command, *flags(settings), folder=tmp_path)
+    same = ["--config", str(tmp_path / "one" / "train_config.yaml")]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *same]
+    other = {"train_batch_size": 4, "checkpointing_steps": 2, "output_dir": settings["output_dir"]}
+    done = launch(*command, *flags(other), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     two = tmp_path / "run"
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
