@@ -20,6 +20,7 @@ from .demo import PROMPTS, draw
 from .hub import model_card
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json"}
 GRID, SAMPLES, CURVES = "samples.png", "samples", "curves.png"
 
 
@@ -42,7 +43,8 @@ def main(config: PublishConfig) -> None:
     if not (run / "model_index.json").is_file():
         raise ConfigError(f"run: {config.run!r} holds no finished model")
     output.mkdir(parents=True, exist_ok=True)
-    for path in [*(run / name for name in PARTS), *run.glob("*.py")]:
+    measured = [run / name for name in ("log.jsonl", *MEASURES.values()) if (run / name).exists()]
+    for path in [*(run / name for name in PARTS), *run.glob("*.py"), *measured]:
         target = output / path.name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
@@ -120,14 +122,17 @@ def _command(path: Path) -> str:
     for field in fields(TrainConfig):
         if field.name not in left_out and saved[field.name] != getattr(default, field.name):
             value = saved[field.name]
-            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+            if isinstance(value, bool):
+                words.append(f"--{field.name}" if value else f"--no-{field.name}")
+            else:
+                words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return f"accelerate launch train_text2img.py {shlex.join(words)}"
 
 
 def _metrics(run: Path) -> dict[str, str]:
     found = {}
-    for name in ("retrieval", "backgrounds"):
-        path = run / f"{name}.json"
+    for name, file in MEASURES.items():
+        path = run / file
         for key, value in (json.loads(path.read_text()) if path.exists() else {}).items():
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v:.3f}" for k, v in value.items())

@@ -13,7 +13,9 @@ from latentdiff.publish_default import PublishConfig, main
 def run(tiny_pipeline_folder, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_pipeline_folder, folder)
-    TrainConfig(**PRESETS["emoji64"], mixed_precision="bf16", train_batch_size=8).save(folder / "train_config.yaml")
+    TrainConfig(**PRESETS["emoji64"], mixed_precision="bf16", train_batch_size=8, use_ema=False).save(
+        folder / "train_config.yaml"
+    )
     lines = [{"step": 0, "held_out_loss": 1.0}]
     lines += [{"step": step, "loss": 1 / step, "pictures_per_second": 4.0} for step in (50, 100)]
     lines += [{"step": 100, "held_out_loss": 0.5}]
@@ -32,10 +34,11 @@ def test_folder_and_card(run, tmp_path, capsys):
     card = (output / "README.md").read_text()
     # 100 steps of 8 pictures at 4 a second are 200 seconds.
     assert "100 optimizer steps (800 samples) in 3 minutes on a test" in card
-    assert "accelerate launch train_text2img.py --train_batch_size 8 --mixed_precision bf16" in card
+    assert "accelerate launch train_text2img.py --train_batch_size 8 --no-use_ema --mixed_precision bf16" in card
     assert "r_at_1 0.250, r_at_10 0.500" in card
     assert "CC-BY 4.0" in card and "CC BY-SA 4.0" in card and "cc-by-sa-4.0" in card
     assert (output / "samples.png").exists() and (output / "curves.png").exists()
+    assert (output / "log.jsonl").exists() and (output / "retrieval.json").exists()
     assert not (output / "checkpoint-100").exists()
     assert StableDiffusionPipeline.from_pretrained(output).unet is not None
 
