@@ -73,6 +73,16 @@ def load_frozen(path: str, revision: str | None = None, variant: str | None = No
     return FrozenParts(freeze(parts["vae"].float()), freeze(parts["text_encoder"].float()), parts["tokenizer"])
 
 
+def load_vae(path: str) -> AutoencoderKL:
+    """The VAE of a Stable-Diffusion-shaped folder or Hub id, in fp32, whose decoder is to go on training.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+    """
+    options = {"subfolder": "vae", "variant": _variant_of(path, "vae"), "use_safetensors": True}
+    return _load(AutoencoderKL, path, options, setting="decoder_of").float()
+
+
 def load_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNet2DConditionModel:
     """The UNet of a Stable-Diffusion-shaped folder or Hub id, in fp32, to go on training.
 
@@ -90,13 +100,13 @@ def _variant_of(path: str, name: str) -> str | None:
     return "fp16" if weights and all(".fp16." in file for file in weights) else None
 
 
-def _load(kind, path: str, options: dict):
+def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_or_path"):
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0][:300]
         raise ConfigError(
-            f"pretrained_model_name_or_path: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
+            f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
         ) from error
 
 

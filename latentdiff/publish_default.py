@@ -48,10 +48,6 @@ def main(config: PublishConfig) -> None:
         target = output / path.name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
-    for path in output.glob("*/config.json"):  # where the parts lay on the training machine is nobody else's path
-        settings = json.loads(path.read_text())
-        if settings.pop("_name_or_path", None):
-            path.write_text(json.dumps(settings, indent=2) + "\n")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES)
     shutil.rmtree(output / SAMPLES, ignore_errors=True)

@@ -368,7 +368,7 @@ def finish(
             module.to("cpu")
             module.half() if config.save_dtype == "fp16" else module.float()
         as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
-        _load_text_encoder_in_fp32(Path(config.output_dir))
+        _settle_configurations(Path(config.output_dir))
         _write_card(config)
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
@@ -378,10 +378,16 @@ def finish(
     accelerator.end_training()
 
 
-def _load_text_encoder_in_fp32(folder: Path) -> None:
-    """Whatever precision it is saved in: transformers keeps the saved one where diffusers loads the UNet in fp32."""
-    path = folder / "text_encoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+def _settle_configurations(folder: Path) -> None:
+    """The text encoder loads in fp32 whatever precision it is saved in, as diffusers loads the UNet and transformers
+    does not; and no part names the path it was loaded from, which is nobody else's.
+    """
+    for path in (folder / part / "config.json" for part in ("vae", "text_encoder", "unet")):
+        settings = json.loads(path.read_text())
+        settings.pop("_name_or_path", None)
+        if path.parent.name == "text_encoder":
+            settings["dtype"] = "float32"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _write_card(config: TrainConfig) -> None:

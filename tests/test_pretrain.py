@@ -12,6 +12,7 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss a
 
 from conftest import tiny_components
 from latentdiff import emoji, pretrain_clip, pretrain_vae
+from latentdiff.config import ConfigError
 from latentdiff.latents import encode_moments
 from latentdiff.models import encode_prompt, fingerprint, load_frozen
 from latentdiff.pretrain import warmup_cosine
@@ -295,3 +296,35 @@ def test_both_parts_train_resume_exactly_and_are_what_training_takes(toy_set, tm
         peer = clips[0].text_model(ids).last_hidden_state
     torch.testing.assert_close(hidden[:1, : ids.shape[1]], peer)
     assert type(straight.vae) is AutoencoderKL
+
+
+def test_a_decoder_trained_further_leaves_the_latents_as_they_are(toy_set, tmp_path, monkeypatch):
+    """If the encoder moved, the UNet that was trained on its latents would draw for another decoder."""
+    monkeypatch.setattr(pretrain_vae.emoji, "load", lambda: toy_set)
+    run(pretrain_vae, PretrainVAEConfig, tmp_path / "first")
+    run(pretrain_vae, PretrainVAEConfig, tmp_path / "second", decoder_of=str(tmp_path / "first"), mse_weight=10.0)
+    first, second = (AutoencoderKL.from_pretrained(tmp_path / name / "vae") for name in ("first", "second"))
+    pixels = compose(torch.from_numpy(toy_set.pictures), seeded())
+    before, after = (torch.cat(encode_moments(vae, pixels)) for vae in (first, second))
+    assert torch.equal(before, after) and first.config.scaling_factor == second.config.scaling_factor
+    for part in ("post_quant_conv", "decoder"):
+        assert fingerprint(getattr(first, part)) != fingerprint(getattr(second, part))
+
+
+def test_a_decoder_of_nothing_is_an_error_that_names_the_setting(tmp_path):
+    with pytest.raises(ConfigError, match=f"decoder_of: no vae .*{tmp_path}"):
+        pretrain_vae.load_with_frozen_encoder(str(tmp_path))
+
+
+def test_the_squared_error_counts_by_its_weight():
+    """L1 and MSE of a known reconstruction error; a weight without effect would show as no difference."""
+    vae = pretrain_vae.build_vae()
+    pixels = torch.zeros(2, 3, 64, 64)
+    with torch.no_grad():
+        plain, weighted = (
+            vae_loss(vae, pixels, seeded(), PretrainVAEConfig(mse_weight=weight)) for weight in (0.0, 10.0)
+        )
+        posterior = vae.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=seeded())
+        squared = vae.decode(latents).sample.square().mean()
+    torch.testing.assert_close(weighted - plain, 10 * squared)

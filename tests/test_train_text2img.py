@@ -358,7 +358,7 @@ def test_saved_in_half_precision_it_loads_in_full(train, tmp_path):
         assert torch.equal(a.float(), b.half().float())
 
 
-def test_pushed_is_the_model_and_not_the_run(hub, train):
+def test_pushed_is_the_model_and_not_the_run(hub, train, tiny_pipeline_folder):
     """Gigabytes of optimizer states, and paths of the machine, would be published."""
     run = train(
         push_to_hub=True,
@@ -377,6 +377,8 @@ def test_pushed_is_the_model_and_not_the_run(hub, train):
     )
     assert "validation/step-0000004.png" in pushed
     assert not [path for path in pushed if path.startswith(("checkpoint-", ".tmp-", "logs/"))]
+    loaded_from = str(tiny_pipeline_folder).encode()
+    assert not [path for path in pushed if path.endswith(".json") and loaded_from in hub.files(f"{USER}/cats")[path]]
     card = hub.files(f"{USER}/cats")["README.md"].decode()
     assert "validation/step-0000004.png" in card and f'from_pretrained("{USER}/cats")' in card
 
