@@ -8,11 +8,19 @@ any Stable-Diffusion-shaped model goes on from its own weights. `--help` lists e
 import torch
 
 from latentdiff.batches import Batch
-from latentdiff.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint, save_weights_as_diffusers_does
+from latentdiff.checkpoint import (
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+    save_weights_as_diffusers_does,
+    saved_extra,
+)
 from latentdiff.cli_errors import run_training
 from latentdiff.config import TrainConfig
+from latentdiff.divergence import DivergenceWatch
 from latentdiff.ema import EMA
-from latentdiff.losses import denoising_loss, min_snr_weight
+from latentdiff.losses import denoising_loss, min_snr_weight, training_target
+from latentdiff.stopping import StopSignals
 from latentdiff.training import (
     Progress,
     RunLog,
@@ -42,43 +50,55 @@ def main(config: TrainConfig) -> None:
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     log = RunLog(config, accelerator, first_step)
     validation = Validation(config, accelerator, parts, scheduler, data.held_out_loss, ema, log)
-    progress = Progress(config, accelerator, log, first_step, total_steps)
+    carried = saved_extra(checkpoint) if checkpoint else {}
+    progress = Progress(config, accelerator, log, first_step, total_steps, carried.get("losses", []))
+    watch = DivergenceWatch(accelerator, data.batches, carried.get("skipped_steps", 0))
 
     if first_step == 0:
         validation(accelerator.unwrap_model(unet), 0)
     unet.train()
-    for step in range(first_step, total_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        for micro_step in range(config.gradient_accumulation_steps):
-            with accelerator.accumulate(unet):
-                loss = training_loss(unet, scheduler, data.batches.at(step, micro_step), config).mean()
-                accelerator.backward(loss)
-                progress.add(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        done = step + 1  # optimizer steps: the one clock that users see
-        if ema is not None:
-            ema.update(accelerator.unwrap_model(unet), done)
-        progress.step(done, learning_rate(step))
-        if done % config.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit)
-        if done % config.validation_steps == 0 or done == total_steps:
-            validation(accelerator.unwrap_model(unet), done)
+    with progress, StopSignals(accelerator) as stop:
+        for step in range(first_step, total_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step)
+            for micro_step in range(config.gradient_accumulation_steps):
+                with accelerator.accumulate(unet):
+                    loss = training_loss(unet, scheduler, data.batches.at(step, micro_step), config).mean()
+                    accelerator.backward(loss)
+                    progress.add(loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            done = step + 1  # optimizer steps: the one clock that users see
+            watch.add(done, grad_norm)
+            if ema is not None:
+                ema.update(accelerator.unwrap_model(unet), done)
+            stops = stop.requested(done) and done < total_steps
+            saves = done % config.checkpointing_steps == 0 or stops
+            validates = done % config.validation_steps == 0 or done == total_steps
+            if saves or validates or done % config.logging_steps == 0:
+                watch.check()
+            progress.step(done, learning_rate=learning_rate(step), **watch.measures)
+            if validates:
+                validation(accelerator.unwrap_model(unet), done)
+            if saves:  # after the validation: a run killed between the two would go on without it
+                extra = {"losses": progress.pending, "skipped_steps": watch.skipped_steps}
+                save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit, extra)
+            if stops:
+                stop.leave(done)
 
-    progress.close()
     finish(config, accelerator, parts, accelerator.unwrap_model(unet), ema, scheduler)
 
 
 def training_loss(unet: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
-    """The weighted epsilon loss of each sample of a batch -> (B,)."""
+    """The weighted loss of each sample of a batch in what the UNet predicts -> (B,)."""
     noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     model_output = unet(noisy_latents, batch.timesteps, batch.encoder_hidden_states).sample
-    losses = denoising_loss(model_output, batch.noise)
+    kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
+    losses = denoising_loss(model_output, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
     if config.snr_gamma is not None:
-        losses = losses * min_snr_weight(scheduler.alphas_cumprod, batch.timesteps, config.snr_gamma)
+        losses = losses * min_snr_weight(abar, batch.timesteps, config.snr_gamma, kind)
     return losses
 
 

@@ -30,7 +30,7 @@ class Batches:
         moments, hidden_states: the frozen networks' results.
         vae_config: `vae.config`, for the latents' scale.
         num_train_timesteps: T of the noise schedule.
-        seed, caption_dropout, random_flip: of the run.
+        seed, caption_dropout, random_flip, noise_offset: of the run.
         micro_batch, accumulation, processes, process: pictures per micro-batch and process, micro-batches per
             optimizer step, number of processes and which one this is.
         device: where the batches go.
@@ -51,14 +51,15 @@ class Batches:
         accumulation: int = 1,
         processes: int = 1,
         process: int = 0,
+        noise_offset: float = 0.0,
         device: torch.device | str = "cpu",
     ):
         self._moments, self._hidden_states = moments, hidden_states
         self._vae_config, self._num_train_timesteps = vae_config, num_train_timesteps
         self._seed, self._caption_dropout, self._random_flip = seed, caption_dropout, random_flip
         self._micro_batch, self._processes, self._process = micro_batch, processes, process
-        self._device = device
-        self._picture_count = len(pictures.captions)
+        self._noise_offset, self._device = noise_offset, device
+        self._picture_count, self.name = len(pictures.captions), pictures.name
         trained = [row for row, held_out in enumerate(pictures.held_out) if not held_out]
         self._epoch = [row for row in trained for _ in range(pictures.repeats[row])]
         self.global_batch = micro_batch * accumulation * processes
@@ -68,13 +69,17 @@ class Batches:
         """Samples in an epoch, repeats counted."""
         return len(self._epoch)
 
+    def rows_at(self, step: int) -> list[int]:
+        """The rows of the data that make up optimizer step `step` on all processes together."""
+        order = random_streams.data_order(self._seed, step * self.global_batch, self.global_batch, len(self._epoch))
+        return [self._epoch[i] for i in order.tolist()]
+
     def at(self, step: int, micro_step: int = 0) -> Batch:
         """This process's share of micro-batch `micro_step` of optimizer step `step`, both counted from 0."""
         whole = self.global_batch
         first = (micro_step * self._processes + self._process) * self._micro_batch
         mine = slice(first, first + self._micro_batch)
-        order = random_streams.data_order(self._seed, step * whole, whole, len(self._epoch))[mine]
-        rows = [self._epoch[i] for i in order.tolist()]
+        rows = self.rows_at(step)[mine]
 
         flipped = (self._uniform("flip", step)[mine] < 0.5) & self._random_flip
         variants = [row + self._picture_count * flip for row, flip in zip(rows, flipped.tolist(), strict=True)]
@@ -88,7 +93,7 @@ class Batches:
         captions = self._draw_captions(rows, step, mine)
         return Batch(
             latents=latents,
-            noise=self._normal("noise", step, shape)[mine],
+            noise=self._noise(step, shape)[mine],
             timesteps=timesteps.to(self._device),
             encoder_hidden_states=self._hidden_states(captions).to(self._device),
         )
@@ -99,6 +104,13 @@ class Batches:
         dropped = dropped_captions(self._seed, step, self.global_batch, self._caption_dropout)[mine].tolist()
         ids = [self._hidden_states.ids[row] for row in rows]
         return [0 if drop else said[int(u * len(said))] for said, u, drop in zip(ids, choice, dropped, strict=True)]
+
+    def _noise(self, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal, and with `noise_offset` one more draw for each whole channel of a picture."""
+        noise = self._normal("noise", step, shape)
+        if self._noise_offset:
+            noise = noise + self._noise_offset * self._normal("noise offset", step, (*shape[:2], 1, 1))
+        return noise
 
     def _generator(self, stream: str, step: int, device: torch.device | str) -> torch.Generator:
         return random_streams.generator(self._seed, stream, step, device=device)

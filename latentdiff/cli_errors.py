@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from .config import ConfigError, TrainConfig, preset, read_config
+from .config import ConfigError, RunStopped, TrainConfig, preset, read_config
 
 
 def run_cli(main: Callable[[Any], None], config_type: type) -> None:
@@ -42,7 +42,7 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
 
 
 class user_errors:  # noqa: N801 - reads as a statement
-    """A ConfigError inside the block prints its one line and exits with status 2.
+    """A ConfigError inside the block prints its one line and exits with status 2, a RunStopped with status 1.
 
     Anything else is a fault of ours and keeps its traceback.
     """
@@ -51,6 +51,6 @@ class user_errors:  # noqa: N801 - reads as a statement
         return None
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, ConfigError):
+        if isinstance(error, (ConfigError, RunStopped)):
             print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None

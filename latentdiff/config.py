@@ -17,6 +17,10 @@ class ConfigError(Exception):
     """
 
 
+class RunStopped(Exception):
+    """A run that cannot go on, by no fault of its settings: its message is one clear line."""
+
+
 def cache_folder() -> Path:
     """Where the built emoji and everything encoded is kept: $LATENTDIFF_CACHE, else the user's cache folder."""
     base = os.environ.get("LATENTDIFF_CACHE")
@@ -77,18 +81,27 @@ class TrainConfig:
     # ---- objective
     caption_dropout: float = 0.1
     """Probability of training a sample without its caption, drawn anew each time; what guidance needs."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the UNet puts out: the noise, v (arXiv 2202.00512) or the latents. By default what a pretrained UNet was
+    trained for, and "epsilon" with new weights."""
+    noise_offset: float = 0.0
+    """Deviation of one number more per picture and channel that is added to the noise, so that brightness and colour of
+    the whole picture are learnt; usual values are about 0.1."""
     snr_gamma: float | None = None
     """min-SNR weighting of the loss (arXiv 2303.09556), for networks of the usual size 5, the paper's value. Background
     and shape are decided at an SNR below 0.1, where errors of the picture hardly count in the plain epsilon loss: a
     small network learns to follow words much sooner with a value as low as that."""
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    """Noise schedule of a UNet with new weights; a pretrained one keeps its own."""
+    """Noise schedule of a UNet with new weights, the last being the cosine one; a pretrained UNet keeps its own."""
     beta_start: float = 0.00085
     """Its first beta."""
     beta_end: float = 0.02
     """Its last beta: larger than Stable Diffusion's, since at 16x16 the mean of a latent, which is the background's
     colour, would otherwise still show through the strongest noise, and sampling starts from pure noise."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the schedule, a pretrained one too, so that its last step is pure noise (zero terminal SNR, arXiv
+    2305.08891), for v_prediction or sample; pictures are then drawn from the last step on."""
 
     # ---- optimisation
     seed: int = 0
@@ -164,6 +177,9 @@ class TrainConfig:
             raise ConfigError(f"train_data_dir: {self.train_data_dir!r} is no folder")
         if self.uses_emoji and self.held_out_fraction:
             raise ConfigError("held_out_fraction: is for one's own pictures; the embedded emoji have a fixed split")
+        betas = (self.beta_start, self.beta_end)
+        if self.beta_schedule == "squaredcos_cap_v2" and betas != (TrainConfig.beta_start, TrainConfig.beta_end):
+            raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
         if self.hub_model_id and not self.push_to_hub:
             raise ConfigError("hub_model_id: has no effect without --push_to_hub")
 
@@ -216,6 +232,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
+    if config.noise_offset < 0:
+        raise ConfigError(f"noise_offset: {config.noise_offset} is below 0")
     if config.learning_rate <= 0:
         raise ConfigError(f"learning_rate: {config.learning_rate} is not above 0")
     if config.snr_gamma is not None and config.snr_gamma <= 0:

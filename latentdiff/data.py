@@ -38,6 +38,9 @@ class CaptionedPictures(Protocol):
     def image(self, row: int) -> Image.Image:
         """The row's picture, RGB, of the final size."""
 
+    def name(self, row: int) -> str:
+        """What to call the row's picture in a message."""
+
 
 # -------------------------------------------------------------------------------------------------- emoji
 
@@ -77,6 +80,12 @@ class EmojiPictures:
     def image(self, row: int) -> Image.Image:
         """64x64 RGB."""
         return self._set.composite(*self._rows[row])
+
+    def name(self, row: int) -> str:
+        """Emoji, style and background."""
+        index, colour = self._rows[row]
+        concept, style = self._set.rows[index]
+        return f"{concept.names[0]} ({style}, {colour})"
 
 
 # -------------------------------------------------------------------------------------- pictures of one's own
@@ -132,6 +141,10 @@ class OwnPictures:
     def image(self, row: int) -> Image.Image:
         """(resolution, resolution) RGB."""
         return fit(self._decode(self._rows[row]), self._resolution, self._config.center_crop)
+
+    def name(self, row: int) -> str:
+        """The file in the folder, or the row's number in a data set without files."""
+        return self._name(self._rows[row])
 
     def _name(self, row: int) -> str:
         """The file, within the folder where there is one: which rows are held out does not change when it moves."""

@@ -87,35 +87,53 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
             f"unet: it takes {unet.config.in_channels} latent channels and text of {unet.config.cross_attention_dim}; "
             f"VAE and text encoder give {latent_channels} and {text_width}"
         )
-    scheduler = _pretrained_scheduler(config) if config.unet == "pretrained" else _new_scheduler(config)
+    scheduler = _noise_schedule(config)
     if not torch.cuda.is_available():
         # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
         unet.set_attn_processor(AttnProcessor())
     return parts, unet, scheduler
 
 
-def _new_scheduler(config: TrainConfig) -> DDPMScheduler:
-    return DDPMScheduler(
-        beta_schedule=config.beta_schedule,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+def _noise_schedule(config: TrainConfig) -> DDPMScheduler:
+    """A new schedule or the pretrained model's own, with what the settings change in it."""
+    if config.unet == "pretrained":
+        scheduler = _pretrained_schedule(config)
+    else:
+        scheduler = DDPMScheduler(
+            beta_schedule=config.beta_schedule,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
+    changes = {"prediction_type": config.prediction_type} if config.prediction_type else {}
+    if config.rescale_betas_zero_snr:  # then the last timestep has to be drawn from: section 3.3 of arXiv 2305.08891
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = DDPMScheduler.from_config(scheduler.config, **changes)
+    if scheduler.config.rescale_betas_zero_snr:
+        _check_zero_terminal_snr(config, scheduler.config.prediction_type)
+    return scheduler
 
 
-def _pretrained_scheduler(config: TrainConfig) -> DDPMScheduler:
+def _pretrained_schedule(config: TrainConfig) -> DDPMScheduler:
     source = config.pretrained_model_name_or_path
     try:
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", revision=config.revision)
+        return DDPMScheduler.from_pretrained(source, subfolder="scheduler", revision=config.revision)
     except OSError:
         raise ConfigError(f"pretrained_model_name_or_path: no scheduler in {source!r}") from None
-    if scheduler.config.prediction_type != "epsilon":
+
+
+def _check_zero_terminal_snr(config: TrainConfig, prediction_type: str) -> None:
+    if prediction_type == "epsilon":
         raise ConfigError(
-            f"pretrained_model_name_or_path: {source!r} predicts {scheduler.config.prediction_type!r}; "
-            "the loss here is for 'epsilon'"
+            "rescale_betas_zero_snr: with zero terminal SNR the last step is all noise, and an epsilon says nothing of "
+            "the picture there; choose --prediction_type v_prediction or sample"
         )
-    return scheduler
+    if config.snr_gamma is not None:
+        raise ConfigError(
+            "snr_gamma: with zero terminal SNR its weight is 0 at the last step, from which pictures are drawn; "
+            "leave one of the two out"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,7 @@ def load_data(
         accumulation=config.gradient_accumulation_steps,
         processes=accelerator.num_processes,
         process=accelerator.process_index,
+        noise_offset=config.noise_offset,
         device=accelerator.device,
         **shared,
     )
@@ -238,11 +257,20 @@ class RunLog:
 
 
 class Progress:
-    """The progress bar with loss, pictures per second and time left."""
+    """The progress bar with loss, pictures per second and time left; to be used in a with statement."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, log: RunLog, first_step: int, total_steps: int):
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        log: RunLog,
+        first_step: int,
+        total_steps: int,
+        pending: list[float],
+    ):
         self._accelerator, self._log, self._every = accelerator, log, config.logging_steps
         self._global_batch = config.samples_per_step * accelerator.num_processes
+        self._earlier = pending  # what a checkpoint between two lines of the log kept
         self._losses: list[torch.Tensor] = []
         self._since, self._last_step = time.perf_counter(), first_step
         self._bar = tqdm(
@@ -257,21 +285,31 @@ class Progress:
         """Take in a micro-batch's loss without waiting for the device."""
         self._losses.append(loss.detach())
 
-    def step(self, done: int, learning_rate: float) -> None:
-        """After optimizer step number `done`; every `logging_steps` the mean loss since the last time is shown."""
+    @property
+    def pending(self) -> list[float]:
+        """Losses since the last line of the log, means over the processes, for a checkpoint to keep."""
+        if not self._losses:
+            return self._earlier
+        return self._earlier + self._accelerator.reduce(torch.stack(self._losses), "mean").tolist()
+
+    def step(self, done: int, **values: float | torch.Tensor) -> None:
+        """After optimizer step number `done`; every `logging_steps` the mean loss since the last time is shown, and
+        logged beside `values`."""
         self._bar.update()
         if done % self._every and done != self._bar.total:
             return
-        mean = torch.stack(self._losses).mean()
-        loss = float(self._accelerator.reduce(mean, "mean"))
+        loss = float(torch.tensor(self.pending).mean())
         rate = (done - self._last_step) * self._global_batch / (time.perf_counter() - self._since)
         self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} pictures/s")
-        self._log(done, {"loss": loss, "learning_rate": learning_rate, "pictures_per_second": rate})
-        self._losses, self._last_step, self._since = [], done, time.perf_counter()
+        self._log(done, {"loss": loss, **{k: float(v) for k, v in values.items()}, "pictures_per_second": rate})
+        self._earlier, self._losses = [], []
+        self._last_step, self._since = done, time.perf_counter()
 
-    def close(self) -> None:
-        """End the bar."""
-        self._bar.close()
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.close()  # ends its line, so that a message does not stand behind it
 
 
 class Validation:

@@ -12,13 +12,13 @@ from .data import CaptionedPictures
 from .grid import labelled_grid
 from .latent_cache import HiddenStates, Moments
 from .latents import sample_latents
-from .losses import denoising_loss
+from .losses import denoising_loss, training_target
 
 TIMESTEPS_PER_PICTURE = 8
 
 
 class HeldOutLoss:
-    """The epsilon loss on pictures that are never trained on, under their own captions.
+    """The unweighted denoising loss on pictures that are never trained on, under their own captions.
 
     Every picture is measured at TIMESTEPS_PER_PICTURE timesteps, stratified over the pictures so that together they
     cover 0 .. T-1 evenly, with noise that is the same at every call. Without held-out pictures there is no loss.
@@ -66,7 +66,8 @@ class HeldOutLoss:
             noise, timesteps = self._noise[part].to(device), self._timesteps[part].to(device)
             with autocast():
                 output = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
-            losses.append(denoising_loss(output, noise).cpu())
+            kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
+            losses.append(denoising_loss(output, training_target(kind, latents, noise, abar, timesteps)).cpu())
         unet.train(was_training)
         return float(torch.cat(losses).mean())
 

@@ -19,6 +19,9 @@ class Toy:
         self.held_out = [row in held_out for row in range(count)]
         self.ids = [[10 * row + 1, 10 * row + 2, 10 * row + 3] for row in range(count)]
 
+    def name(self, row):
+        return f"{row}.png"
+
     def moments(self, rows):
         mean = torch.tensor(rows, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 3, 3)
         return mean, torch.full_like(mean, 0.25)
@@ -51,15 +54,18 @@ FIELDS = ("latents", "noise", "timesteps", "encoder_hidden_states")
 @pytest.mark.parametrize(
     ("processes", "accumulation", "micro_batch"), [(1, 1, 8), (2, 1, 4), (4, 1, 2), (1, 2, 4), (2, 2, 2), (8, 1, 1)]
 )
-@pytest.mark.parametrize("flip", [False, True])
-def test_the_same_step_on_any_number_of_processes_and_micro_batches(processes, accumulation, micro_batch, flip):
+@pytest.mark.parametrize(("flip", "noise_offset"), [(False, 0.0), (True, 0.1)])
+def test_the_same_step_on_any_number_of_processes_and_micro_batches(
+    processes, accumulation, micro_batch, flip, noise_offset
+):
     """A run on two GPUs would train on other noise, or twice on the same, than a run on one."""
-    one = batches(random_flip=flip)
+    one = batches(random_flip=flip, noise_offset=noise_offset)
     for step in (0, 3):
         whole = one.at(step)
         shares = [
             batches(
                 random_flip=flip,
+                noise_offset=noise_offset,
                 micro_batch=micro_batch,
                 accumulation=accumulation,
                 processes=processes,
@@ -70,6 +76,24 @@ def test_the_same_step_on_any_number_of_processes_and_micro_batches(processes, a
         ]
         for field in FIELDS:
             assert torch.equal(torch.cat([getattr(share, field) for share in shares]), getattr(whole, field)), field
+
+
+def test_offset_noise_shifts_whole_channels():
+    """Each number would be shifted on its own, which is only more noise, or all pictures alike."""
+    plain, offset = batches().at(0).noise, batches(noise_offset=0.5).at(0).noise
+    shift = offset - plain  # (8, 2, 3, 3)
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift))
+    many = torch.cat([batches(noise_offset=0.5).at(step).noise - batches().at(step).noise for step in range(60)])
+    shifts = many[:, :, 0, 0].flatten()  # 960 draws of deviation 0.5: the mean within 4 of its own deviations
+    assert shifts.mean().abs() < 4 * 0.5 / 960**0.5 and abs(shifts.std() - 0.5) < 4 * 0.5 / (2 * 960) ** 0.5
+
+
+def test_a_step_names_the_pictures_of_all_processes():
+    """A step that fails would be blamed on the wrong pictures."""
+    half = batches(micro_batch=4, processes=2, process=1)
+    rows = half.rows_at(5)
+    assert rows == batches().rows_at(5) and len(rows) == 8
+    assert half.at(5).latents.shape[0] == 4 and half.name(rows[0]) == f"{rows[0]}.png"
 
 
 def test_a_step_can_be_asked_for_in_any_order():

@@ -1,6 +1,7 @@
 """Checkpoints are whole or are not there, and the right one is gone on from."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from latentdiff.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
     save_weights_as_diffusers_does,
+    saved_extra,
     step_of,
 )
-from latentdiff.config import ConfigError
+from latentdiff.config import ConfigError, RunStopped
 from latentdiff.ema import EMA
 from latentdiff.models import build_unet
 
@@ -94,7 +96,7 @@ def test_a_checkpoint_holds_both_unets_as_diffusers_writes_them(tmp_path):
         loaded = UNet2DConditionModel.from_pretrained(tmp_path, subfolder=f"checkpoint-1/{name}")
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), wanted, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(run.unet.parameters(), own, strict=True))
-    assert json.loads((saved / "state.json").read_text()) == {"step": 1}
+    assert json.loads((saved / "state.json").read_text())["step"] == 1
     assert len(list(saved.rglob("*.safetensors"))) == 2  # not a third copy by accelerate
 
 
@@ -110,6 +112,70 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert save_checkpoint(run.accelerator, tmp_path, 2) in list_checkpoints(tmp_path)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("spoil", ["flip a byte", "cut it", "remove it", "spoil the state"])
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, caplog, spoil):
+    """A run would go on from weights that a broken disk changed, or end where an older checkpoint is good."""
+    run = Run()
+    old, new = (save_checkpoint(run.accelerator, tmp_path, step) for step in (1, 2))
+    assert resolve_checkpoint(tmp_path, "latest") == new
+    victim = new / ("state.json" if spoil == "spoil the state" else "unet_ema/diffusion_pytorch_model.safetensors")
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    if spoil == "remove it":
+        victim.unlink()
+    else:
+        victim.write_bytes(content[:-5] if spoil in ("cut it", "spoil the state") else content)
+    assert resolve_checkpoint(tmp_path, "latest") == old
+    assert str(new) in caplog.text and victim.name in caplog.text
+    with pytest.raises(ConfigError, match=victim.name):
+        resolve_checkpoint(tmp_path, "2")
+    (old / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="every checkpoint is damaged.*unet/config.json"):
+        resolve_checkpoint(tmp_path, "latest")
+
+
+def test_plain_values_are_kept_beside(tmp_path):
+    kept = {"losses": [0.1, torch.tensor(1 / 3).item()], "skipped_steps": 2}
+    saved = save_checkpoint(Run(ema=False).accelerator, tmp_path, 1, extra=kept)
+    assert saved_extra(saved) == kept
+    assert saved_extra(save_checkpoint(Run(ema=False).accelerator, tmp_path, 2)) == {}
+
+
+@pytest.mark.parametrize(("file", "share"), [("unet", 0.0), ("unet_ema", 0.5), ("optimizer", 0.9)])
+def test_a_disk_that_fills_up_leaves_the_last_good_one(tmp_path, file, share):
+    """A run would leave half a checkpoint, or have removed the good one before. A limit on files stands for the disk:
+    writing past it fails, as on a full one."""
+    run = Run()
+    good = save_checkpoint(run.accelerator, tmp_path, 1, total_limit=1)
+    files = {"optimizer": "optimizer.bin"}
+    size = (good / files.get(file, f"{file}/diffusion_pytorch_model.safetensors")).stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))  # Python ignores the signal that comes with it
+    try:
+        with pytest.raises(RunStopped, match="checkpoint-2 could not be written .*checkpoint-1$") as stopped:
+            save_checkpoint(run.accelerator, tmp_path, 2, total_limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(str(stopped.value).splitlines()) == 1
+    assert names(tmp_path) == ["checkpoint-1"] and resolve_checkpoint(tmp_path, "latest").name == "checkpoint-1"
+
+
+def test_an_output_folder_that_turned_read_only(tmp_path):
+    run = Run(ema=False)
+    save_checkpoint(run.accelerator, tmp_path, 1)
+    (tmp_path / ".tmp-checkpoint-2").write_text("in the way, as a folder that cannot be written is")
+    with pytest.raises(RunStopped, match="checkpoint-2 could not be written .*checkpoint-1$"):
+        save_checkpoint(run.accelerator, tmp_path, 2)
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    """Half-written checkpoints of gigabytes would stay for ever."""
+    for left in (".tmp-checkpoint-7", ".tmp-old-checkpoint-3"):
+        (tmp_path / left).mkdir()
+    save_checkpoint(Run(ema=False).accelerator, tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-1"]
 
 
 def test_the_newest_are_kept(tmp_path):

@@ -88,6 +88,8 @@ def test_yaml_as_a_person_writes_it(tmp_path):
         ("resolution", 0),
         ("learning_rate", 0.0),
         ("snr_gamma", 0.0),
+        ("noise_offset", -0.1),
+        ("prediction_type", "x0"),
         ("ema_decay", 1.0),
         ("train_data_dir", "/no/such/folder"),
         ("hub_model_id", "me/model"),
@@ -113,6 +115,8 @@ def test_settings_that_exclude_each_other(tmp_path):
         TrainConfig(train_data_dir=str(tmp_path), dataset_name="x/y")
     with pytest.raises(ConfigError, match="held_out_fraction"):
         TrainConfig(held_out_fraction=0.1)
+    with pytest.raises(ConfigError, match="beta_start and beta_end"):
+        TrainConfig(beta_schedule="squaredcos_cap_v2", beta_end=0.01)
 
 
 def test_settings_are_frozen():

@@ -25,6 +25,7 @@ ALLOWED = {
     "emoji": {"config", "random_streams"},
     "data": {"config", "emoji", "random_streams"},
     "latent_cache": {"latents", "data", "models"},
+    "divergence": {"config", "batches"},
     "batches": {"random_streams", "data", "guidance", "latent_cache", "latents"},
 }
 TRAVELLERS = [*PACKAGE.glob("scheduling_*.py"), PACKAGE / "noise_schedule.py", *(ROOT / "pipelines").glob("*.py")]

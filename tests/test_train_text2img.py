@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import kill_stress
 import numpy as np
 import pytest
 import torch
@@ -18,9 +20,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
+from conftest import _HUB
 from hub_server import USER
 from latentdiff.cli_errors import run_training
-from latentdiff.config import TrainConfig
+from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.models import fingerprint, load_frozen, load_unet
 from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
 
@@ -157,23 +160,38 @@ def batch_of(config: TrainConfig, step: int = 0):
     return load_data(config, Accelerator(), parts, unet, scheduler).batches.at(step)
 
 
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_one_step_is_adamw_on_the_clipped_gradient(train, settings, snr_gamma):
+@pytest.mark.parametrize(
+    ("prediction_type", "snr_gamma", "zero_snr"),
+    [
+        ("epsilon", None, False),
+        ("epsilon", 5.0, False),
+        ("v_prediction", 5.0, False),
+        ("v_prediction", None, True),
+        ("sample", None, False),
+    ],
+)
+def test_one_step_is_adamw_on_the_clipped_gradient(train, settings, prediction_type, snr_gamma, zero_snr):
     """Another loss, noise level, clipping, learning rate or optimizer than the settings say."""
-    changes = {"max_train_steps": 1, "checkpointing_steps": 1, "max_grad_norm": 0.05, "adam_weight_decay": 0.1}
+    changes = {
+        "max_train_steps": 1, "checkpointing_steps": 1, "max_grad_norm": 0.05, "adam_weight_decay": 0.1,
+        "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr,
+    }  # fmt: skip
     run = train(snr_gamma=snr_gamma, **changes)
 
     source = settings["pretrained_model_name_or_path"]
     batch = batch_of(TrainConfig(**{**settings, **changes}))
     unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
-    schedule = PeerScheduler.from_pretrained(source, subfolder="scheduler")
+    schedule = PeerScheduler.from_pretrained(source, subfolder="scheduler", rescale_betas_zero_snr=zero_snr)
     before = [p.detach().clone() for p in unet.parameters()]
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     output = unet(noisy, batch.timesteps, encoder_hidden_states=batch.encoder_hidden_states).sample
-    per_sample = ((output - batch.noise) ** 2).mean(dim=(1, 2, 3))
-    if snr_gamma:  # as diffusers' own example weighs the epsilon loss
+    velocity = schedule.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    target = {"epsilon": batch.noise, "v_prediction": velocity, "sample": batch.latents}[prediction_type]
+    per_sample = ((output - target) ** 2).mean(dim=(1, 2, 3))
+    if snr_gamma:  # as diffusers' own example weighs the loss
         snr = compute_snr(schedule, batch.timesteps)
-        per_sample = per_sample * torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / snr
+        weight = torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+        per_sample = per_sample * weight / (snr + (prediction_type == "v_prediction"))
     loss = per_sample.mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.05)
@@ -243,6 +261,50 @@ def test_epochs_count_optimizer_steps():
     assert optimizer_steps(TrainConfig(max_train_steps=7), Batches()) == 7
 
 
+def test_what_is_saved_draws_with_the_objective_it_was_trained_with(train):
+    """A network that puts out v would be taken for one that puts out noise, or drawing start short of pure noise."""
+    run = train(prediction_type="v_prediction", rescale_betas_zero_snr=True, max_train_steps=1)
+    scheduler = StableDiffusionPipeline.from_pretrained(run).scheduler
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] == 0
+    scheduler.set_timesteps(7)
+    assert scheduler.timesteps[0] == 999
+    assert np.isfinite(draws(run)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "rescale_betas_zero_snr: .*v_prediction"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: .*v_prediction"),  # the model's own is epsilon
+        ({"rescale_betas_zero_snr": True, "prediction_type": "sample", "snr_gamma": 5.0}, "snr_gamma: "),
+    ],
+)
+def test_objectives_that_contradict_each_other_are_refused(train, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        train(**changes)
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_checkpoint(script, settings, tmp_path, monkeypatch, capsys):
+    """NaN weights would be trained on for days, and saved over the good ones."""
+    real, calls = script.training_loss, []
+
+    def spoilt(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(script, "training_loss", spoilt)
+    flags = {**settings, "checkpointing_steps": 2, "max_train_steps": 6}
+    TrainConfig(**flags).save(tmp_path / "run.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        run_training(script.main, ["--config", str(tmp_path / "run.yaml")])
+    assert stopped.value.code == 1
+    run = Path(settings["output_dir"])
+    assert checkpoints(run) == {"checkpoint-2"} and not (run / "model_index.json").exists()
+    assert all(torch.isfinite(p).all() for p in parameters(run, "checkpoint-2/unet_ema"))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: step 4: the gradient is not finite") and line.count(".png") == 8
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +371,41 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
     assert losses(resumed) == losses(whole) and list(losses(whole)) == [1, 2, 3, 4]
     for part in ("unet", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
         assert weights(resumed, part) == weights(whole, part), part
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_to_the_last_bit(
+    script, train, tmp_path, monkeypatch, number
+):
+    """A preempted run would lose what it did since its last checkpoint, or log other losses after the resume."""
+    changes = {"logging_steps": 4, "checkpointing_steps": 4}
+    whole = train(output_dir=str(tmp_path / "whole"), **changes)
+
+    real, calls = script.training_loss, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:  # in the middle of step 3, between two lines of the log
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(script, "training_loss", interrupted)
+    with pytest.raises(SystemExit) as left:
+        train(output_dir=str(tmp_path / "stopped"), **changes)
+    monkeypatch.undo()
+    assert left.value.code == 128 + number
+    assert checkpoints(tmp_path / "stopped") == {"checkpoint-3"}
+    resumed = train(output_dir=str(tmp_path / "stopped"), resume_from_checkpoint="latest", **changes)
+    assert losses(resumed) == losses(whole) and list(losses(whole)) == [4]
+    for part in ("unet", "checkpoint-4/unet"):
+        assert weights(resumed, part) == weights(whole, part), part
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path):
+    """Five SIGKILLs of a real process while it caches, trains, saves or pushes; `tests/kill_stress.py` does fifty."""
+    model, pictures = kill_stress.make_inputs(tmp_path)
+    same, kills = kill_stress.stress(tmp_path, model, pictures, _HUB, kills=5, kills_per_run=5, seed=1)
+    assert same and kills == 5
 
 
 def test_a_resume_on_smaller_micro_batches_takes_the_same_steps(train, tmp_path):
