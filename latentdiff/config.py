@@ -49,10 +49,10 @@ class TrainConfig:
 
     # ---- data
     train_data_dir: str | None = None
-    """A folder of pictures with a metadata.jsonl of lines {"file_name": ..., "text": ...}; without it and without
-    `dataset_name` the embedded emoji are trained."""
+    """A folder of pictures with a .txt beside each, or with a metadata.jsonl or .csv of `file_name` and `text`; without
+    it and without `dataset_name` the embedded emoji are trained."""
     dataset_name: str | None = None
-    """A data set on the Hub, or the path of one."""
+    """A data set on the Hub, or the path of one (parquet, arrow, or a folder as above)."""
     dataset_config_name: str | None = None
     """Its configuration."""
     dataset_split: str = "train"

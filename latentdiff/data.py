@@ -4,7 +4,6 @@ A data set here is three things: rows, each with captions; `image(row)`, an RGB 
 a row stands in an epoch. The embedded emoji and pictures of one's own look the same from here on.
 """
 
-import io
 import json
 import logging
 import warnings
@@ -18,11 +17,9 @@ from PIL import Image, ImageOps
 from . import emoji
 from .config import ConfigError, TrainConfig
 from .random_streams import fraction
+from .sources import Row, open_source
 
 logger = logging.getLogger(__name__)
-
-# What Pillow raises on files that are no whole pictures, or far too large ones.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class CaptionedPictures(Protocol):
@@ -100,7 +97,7 @@ class Rejected:
 
 
 class OwnPictures:
-    """A folder with metadata.jsonl, or a data set on the Hub, read through `datasets`.
+    """A folder of captioned pictures, or a data set that `datasets` reads.
 
     Args:
         config: names the data, its columns and the transform.
@@ -113,24 +110,19 @@ class OwnPictures:
 
     def __init__(self, config: TrainConfig, resolution: int):
         self._config, self._resolution = config, resolution
-        self._data = _load_dataset(config)
-        for name in (config.image_column, config.caption_column):
-            if name not in self._data.column_names:
-                raise ConfigError(
-                    f"no column {name!r} in the data; it has {', '.join(map(repr, self._data.column_names))} "
-                    "(image_column and caption_column name them; a folder needs a metadata.jsonl)"
-                )
-        self._rows, self.captions, self.held_out = [], [], []
+        self._source = open_source(config)
+        self._rows, self._names, self.captions, self.held_out = [], [], [], []
         rejected = []
-        count = min(len(self._data), config.max_train_samples or len(self._data))
-        for row in range(count):
-            problem = self._problem(row)
-            if problem:
-                rejected.append(Rejected(self._name(row), problem))
+        count = min(len(self._source), config.max_train_samples or len(self._source))
+        for number in range(count):
+            row = self._source.row(number)
+            if problem := self._problem(number, row):
+                rejected.append(Rejected(row.name, problem))
                 continue
-            self._rows.append(row)
-            self.captions.append(self._captions(row))
-            self.held_out.append(fraction("held out", self._name(row)) < config.held_out_fraction)
+            self._rows.append(number)
+            self._names.append(row.name)
+            self.captions.append(row.captions)
+            self.held_out.append(fraction("held out", row.name) < config.held_out_fraction)
         self.repeats = [1] * len(self._rows)
         _report(rejected, count, config)
         if all(self.held_out):
@@ -144,57 +136,25 @@ class OwnPictures:
 
     def name(self, row: int) -> str:
         """The file in the folder, or the row's number in a data set without files."""
-        return self._name(self._rows[row])
+        return self._names[row]
 
-    def _name(self, row: int) -> str:
-        """The file, within the folder where there is one: which rows are held out does not change when it moves."""
-        path = (self._data[row][self._config.image_column] or {}).get("path")
-        folder = Path(self._config.train_data_dir or self._config.dataset_name).resolve()
-        if path and Path(path).is_relative_to(folder):
-            return Path(path).relative_to(folder).as_posix()
-        return path or f"row {row}"
-
-    def _captions(self, row: int) -> list[str]:
-        stored = self._data[row][self._config.caption_column]
-        return [c for c in (stored if isinstance(stored, list) else [stored]) if isinstance(c, str) and c.strip()]
-
-    def _decode(self, row: int) -> Image.Image:
-        stored = self._data[row][self._config.image_column]
-        if not stored:
-            raise ValueError("there is none")
-        source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
+    def _decode(self, number: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return upright_rgb(Image.open(source))
+            with Image.open(self._source.open(number)) as image:
+                return upright_rgb(image)
 
-    def _problem(self, row: int) -> str | None:
-        if not self._captions(row):
+    def _problem(self, number: int, row: Row) -> str | None:
+        if row.problem:
+            return row.problem
+        if not row.captions:
             return "its caption is missing"
         try:
-            self._decode(row)
+            self._decode(number)
         except Exception as error:  # Pillow raises many kinds for a broken file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"it cannot be read as a picture ({reason})"
         return None
-
-
-def _load_dataset(config: TrainConfig):
-    """The data with undecoded pictures, so that one broken file does not end the reading of the others."""
-    import datasets
-
-    where = config.train_data_dir or config.dataset_name
-    try:
-        if config.train_data_dir:
-            data = datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, split="train")
-        else:
-            data = datasets.load_dataset(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
-        if config.image_column in data.column_names:
-            data = data.cast_column(config.image_column, datasets.Image(decode=False))
-    except Exception as error:  # datasets raises many kinds for a missing or malformed set
-        name = "train_data_dir" if config.train_data_dir else "dataset_name"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{name}: {where!r} cannot be read ({reason})") from error
-    return data
 
 
 def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
@@ -202,7 +162,8 @@ def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
     if not rejected:
         path.unlink(missing_ok=True)  # an earlier run's
         return
-    path.write_text("".join(json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejected))
+    lines = "".join(json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejected)
+    path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a file's name need not be text
     first = f"{rejected[0].file}: {rejected[0].reason}"
     if len(rejected) > config.max_rejected_fraction * count:
         raise ConfigError(
@@ -213,8 +174,14 @@ def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white."""
+    """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white.
+
+    Raises:
+        ValueError: its shades are floating-point numbers, of which none is known to be white.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its shades are floating-point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":
         image.info.pop("transparency", None)  # a shade of 16 bits, which Pillow cannot apply
         image = image.point(lambda value: value / 256).convert("L")

@@ -3,10 +3,13 @@
 import io
 import json
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from latentdiff import emoji
 from latentdiff.config import ConfigError, TrainConfig
@@ -189,7 +192,7 @@ def test_several_captions_and_holes_among_them(tmp_path):
 
 @pytest.mark.parametrize("change", ["no metadata", "no folder contents", "other column"])
 def test_data_without_captions_says_what_it_has(tmp_path, change):
-    """The message would not say that metadata.jsonl or the column is what is missing."""
+    """The message would not say whether captions, the column or the pictures are missing."""
     folder = folder_of(tmp_path / "pics", ["a", "b"])
     if change == "no metadata":
         (folder / "metadata.jsonl").unlink()
@@ -200,11 +203,12 @@ def test_data_without_captions_says_what_it_has(tmp_path, change):
         own(folder, tmp_path, **({"caption_column": "words"} if change == "other column" else {}))
     message = str(refused.value)
     assert len(message.splitlines()) == 1
-    if change == "no folder contents":
-        assert "train_data_dir" in message and "pics" in message
+    if change == "other column":
+        assert message.startswith("caption_column") and "'words'" in message and "'text'" in message
     else:
-        assert "metadata.jsonl" in message and "'image'" in message
-        assert ("'words'" if change == "other column" else "'text'") in message
+        assert message.startswith("train_data_dir") and "pics" in message
+    if change == "no metadata":
+        assert "metadata.jsonl" in message and ".txt" in message
 
 
 def test_a_data_set_that_is_not_there(tmp_path):
@@ -231,6 +235,128 @@ def test_nothing_left_to_train_on(tmp_path):
 
 def test_max_train_samples(tmp_path):
     assert len(own(folder_of(tmp_path / "pics", list("abcd")), tmp_path, max_train_samples=2).captions) == 2
+
+
+def hostile_folder(folder) -> tuple[dict[str, tuple[int, int, int]], dict[str, str]]:
+    """Pictures as people have them and as an enemy would make them.
+
+    Returns:
+        What can be used, with the colour of its top left pixel; and what cannot, with a word of the reason.
+    """
+    folder.mkdir()
+    red, usable, unusable = (220, 30, 40), {}, {}
+
+    def add(name: str, image: Image.Image, kind: str, colour=red, **options) -> None:
+        image.save(folder / name, kind, **options)
+        usable[name] = colour
+
+    plain = Image.new("RGB", (24, 16), red)
+    for kind, suffix in (("PNG", "png"), ("JPEG", "jpg"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tiff"),
+                         ("WEBP", "webp"), ("PPM", "ppm"), ("TGA", "tga"), ("ICO", "ico"), ("PCX", "pcx")):  # fmt: skip
+        add(f"plain.{suffix}", plain, kind)
+    add("wrong extension.jpg", plain, "PNG")
+    add("UPPER.PNG", plain, "PNG")
+    add("no spaces, they said.png", plain, "PNG")
+    for name in (
+        "猫.png",
+        "кошка.png",
+        "قطة.png",
+        "🐈.png",
+        "naïve.png",
+        "a'b\"c.png",
+        "-rf.png",
+        "%s.png",
+        "new\nline.png",
+    ):
+        add(name, plain, "PNG")
+    (folder / "sub" / "folder").mkdir(parents=True)
+    add("sub/folder/deep.png", plain, "PNG")
+    add("rgba.png", Image.new("RGBA", (8, 8), (*red, 0)), "PNG", (255, 255, 255))
+    add("la.png", Image.new("LA", (8, 8), (0, 0)), "PNG", (255, 255, 255))
+    add("palette.png", plain.quantize(4), "PNG")
+    add("grey.png", Image.new("L", (8, 8), 77), "PNG", (77, 77, 77))
+    add("one bit.png", Image.new("1", (8, 8), 1), "PNG", (255, 255, 255))
+    add("sixteen bits.png", Image.fromarray(np.full((8, 8), 32768, np.uint16)), "PNG", (128, 128, 128))
+    add("sixteen bits.tiff", Image.fromarray(np.full((8, 8), 65535, np.uint16)), "TIFF", (255, 255, 255))
+    add("cmyk.jpg", Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG", (255, 255, 255))
+    add("cmyk.tiff", Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "TIFF", (0, 0, 0))
+    add("progressive.jpg", plain, "JPEG", progressive=True)
+    add("animated.gif", plain, "GIF", save_all=True, append_images=[Image.new("RGB", (24, 16), (0, 255, 0))])
+    add("animated.png", plain, "PNG", save_all=True, append_images=[Image.new("RGB", (24, 16), (0, 255, 0))])
+    add("one pixel.png", Image.new("RGB", (1, 1), red), "PNG")
+    add("long.png", Image.new("RGB", (4000, 1), red), "PNG")
+    add("tall.png", Image.new("RGB", (1, 4000), red), "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    add("rotated.jpg", plain, "JPEG", exif=exif)
+    add("text chunk.png", plain, "PNG", pnginfo=chunk("Comment", "x" * 500_000))
+
+    def spoil(name: str, content: bytes, reason: str = "cannot be read") -> None:
+        (folder / name).write_bytes(content)
+        unusable[name] = reason
+
+    png, jpg = (folder / "plain.png").read_bytes(), (folder / "plain.jpg").read_bytes()
+    spoil("empty.png", b"")
+    spoil("text.png", b"not a picture")
+    spoil("zeros.jpg", bytes(1000))
+    spoil("cut.png", png[: len(png) // 2])
+    spoil("cut.jpg", jpg[: len(jpg) - 60])
+    spoil("header only.png", png[:33])
+    spoil("web page.jpg", b"<!DOCTYPE html><title>404</title>")
+    spoil("broken checksum.png", png.replace(b"IHDR", b"IHDX"))
+    spoil("bomb.png", huge_png(40_000, 40_000))
+    spoil("large.png", huge_png(10_000, 10_000))
+    spoil("svg.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    spoil("pdf.jpg", b"%PDF-1.4\n")
+    spoil("sound.webp", b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    spoil("archive.png", b"PK\x03\x04" + bytes(200))
+    spoil("no frames.gif", b"GIF89a\x08\x00\x08\x00\x00\x00\x00;")
+    spoil("cut.tiff", (folder / "plain.tiff").read_bytes()[:60])
+    spoil("cut.webp", (folder / "plain.webp").read_bytes()[:30])
+    spoil("cut.bmp", (folder / "plain.bmp").read_bytes()[:70])
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "float.tiff")
+    unusable["float.tiff"] = "floating-point"
+    for name in [*usable, *unusable]:
+        (folder / name).with_name((folder / name).name).with_suffix(".txt").write_text("a caption", encoding="utf-8")
+    plain.save(folder / "no caption.png")
+    plain.save(folder / "empty caption.png")
+    (folder / "empty caption.txt").write_text(" \n")
+    unusable |= {"no caption.png": "caption is missing", "empty caption.png": "caption is missing"}
+    (folder / "long.txt").write_text("a very " * 15_000 + "long caption")
+    (folder / "tall.txt").write_bytes(b"\xff\xfe broken utf-8 \x00")
+    return usable, unusable
+
+
+def chunk(name: str, text: str) -> PngInfo:
+    found = PngInfo()
+    found.add_text(name, text, zip=True)
+    return found
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is so large."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b""))
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_sixty_hostile_files(tmp_path):
+    """A usable picture would be left out or come out wrong, or a bad one end the run or vanish without a reason."""
+    usable, unusable = hostile_folder(tmp_path / "pics")
+    assert len(usable) + len(unusable) >= 60
+    pictures = own(tmp_path / "pics", tmp_path, max_rejected_fraction=1.0)
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["file"] for line in rejected} == set(unusable)
+    for line in rejected:
+        assert unusable[line["file"]] in line["reason"], line
+    assert sorted(pictures.name(row) for row in range(len(pictures.captions))) == sorted(usable)
+    for row in range(len(pictures.captions)):
+        shown = first_row(pictures.image(row))[0]
+        wanted = usable[pictures.name(row)]
+        assert max(abs(a - b) for a, b in zip(shown, wanted, strict=True)) <= 6, (pictures.name(row), shown)  # JPEG
 
 
 # ---- the embedded emoji ---------------------------------------------------------------------------------------------

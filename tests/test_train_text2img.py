@@ -26,6 +26,7 @@ from latentdiff.cli_errors import run_training
 from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.models import fingerprint, load_frozen, load_unet
 from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
+from test_data import hostile_folder
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
 
@@ -493,6 +494,14 @@ def test_a_data_set_by_name(train, settings, pictures, tmp_path):
     by_folder = train(output_dir=str(tmp_path / "folder"))
     by_name = train(output_dir=str(tmp_path / "name"), train_data_dir=None, dataset_name=str(pictures))
     assert losses(by_folder) == losses(by_name)
+
+
+def test_sixty_hostile_files_train(train, tmp_path):
+    """What one file can do to a run: end it, or make its loss not a number."""
+    usable, unusable = hostile_folder(tmp_path / "pics")
+    run = train(train_data_dir=str(tmp_path / "pics"), max_rejected_fraction=1.0, max_train_steps=-(-len(usable) // 8))
+    assert len((run / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == len(unusable)
+    assert all(np.isfinite(loss) for loss in losses(run).values())
 
 
 def test_one_broken_picture_does_not_end_the_run(train, tmp_path):

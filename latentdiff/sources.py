@@ -1,0 +1,235 @@
+"""Where one's own pictures come from: a folder, or a table that the `datasets` library reads. Nothing is decoded here.
+
+A source has rows, each with a name, captions and the file behind the picture. What is wrong with a row is kept as its
+problem and ends nothing.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
+
+from PIL import Image
+
+from .config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture with its captions; `problem` says why it cannot be used, where that is known without decoding it."""
+
+    name: str
+    captions: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+
+class Source(Protocol):
+    """Rows in an order that depends on the data alone."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, number: int) -> Row:
+        """Name, captions and problem."""
+
+    def open(self, number: int) -> Path | BinaryIO:
+        """The picture's file. Raises ValueError where there is none."""
+
+
+def open_source(config: TrainConfig) -> Source:
+    """What `train_data_dir` or `dataset_name` names.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or has no captions at all.
+    """
+    folder = Path(config.train_data_dir or config.dataset_name)
+    if folder.is_dir() and any(True for found in (_metadata_files(folder), _pictures(folder)) for _ in found):
+        return Folder(folder, config.caption_column)
+    return Table(config)
+
+
+def clean(captions: object) -> list[str]:
+    """A caption or a list of captions without what is empty or no text."""
+    said = captions if isinstance(captions, list) else [captions]
+    return [caption for caption in said if isinstance(caption, str) and caption.strip()]
+
+
+# ------------------------------------------------------------------------------------------------------- a folder
+
+
+class Folder:
+    """Pictures in a folder and its subfolders, sorted by name, with captions from `metadata.jsonl`, `metadata.csv` or
+    a .txt file beside each, one caption a line.
+
+    A line of the metadata holds `file_name`, relative to the metadata's own folder, and the caption column: a text, or
+    in jsonl a list of texts. A name that leads out of the data folder is refused.
+
+    Args:
+        folder: where the pictures are.
+        caption_column: the column or key of the captions.
+
+    Raises:
+        ConfigError: no picture has a caption of any kind.
+    """
+
+    def __init__(self, folder: Path, caption_column: str):
+        self._folder = folder
+        rows = {}
+        columns: set[str] = set()
+        for metadata in _metadata_files(folder):
+            inside = PurePosixPath(metadata.parent.relative_to(folder).as_posix())
+            for where, record, problem in _records(metadata):
+                row = _row(folder, inside, where, record, problem, caption_column)
+                if row.name in rows:  # another line for the same picture
+                    row.captions[:0] = rows[row.name].captions
+                rows[row.name] = row
+                columns |= {key for key in record if key} if isinstance(record, dict) else set()
+        if columns and caption_column not in columns:
+            raise ConfigError(
+                f"caption_column: no {caption_column!r} in the metadata of {str(folder)!r}; it has "
+                f"{', '.join(map(repr, sorted(columns)))}"
+            )
+        for path in _pictures(folder):
+            name = path.relative_to(folder).as_posix()
+            if name not in rows:
+                rows[name] = Row(name, _captions_beside(path))
+        self._rows = [rows[name] for name in sorted(rows)]
+        if not any(row.captions for row in self._rows):
+            raise ConfigError(
+                f"train_data_dir: no captions in {str(folder)!r}: a metadata.jsonl or metadata.csv names each picture "
+                "and its text, or a .txt file stands beside it"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, number: int) -> Row:
+        return self._rows[number]
+
+    def open(self, number: int) -> Path:
+        return self._folder / self._rows[number].name
+
+
+def _metadata_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(path for name in ("metadata.jsonl", "metadata.csv") for path in folder.rglob(name))
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    suffixes = Image.registered_extensions()
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
+
+
+def _records(metadata: Path) -> Iterator[tuple[str, object, str | None]]:
+    """(name of the line, its values, None), or (name, None, what is wrong with it)."""
+    with open(metadata, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        if metadata.suffix == ".csv":
+            yield from _csv_records(metadata, csv.DictReader(lines))
+            return
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                record, problem = None, None
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    problem = f"it is no JSON ({error})"
+                yield f"{metadata.name}, line {number}", record, problem
+
+
+def _csv_records(metadata: Path, reader: csv.DictReader) -> Iterator[tuple[str, dict | None, str | None]]:
+    while True:
+        record, problem = None, None
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"it is no CSV ({error})"
+        yield f"{metadata.name}, line {reader.line_num}", record, problem
+
+
+def _row(
+    folder: Path, inside: PurePosixPath, where: str, record: object, problem: str | None, caption_column: str
+) -> Row:
+    at = (inside / where).as_posix()
+    if problem or not isinstance(record, dict):
+        return Row(at, problem=problem or "it is no JSON object")
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        return Row(at, problem="it has no file_name")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        return Row(f"{at}: {name}", problem="it leads out of the data folder")
+    name = (inside / path).as_posix()
+    try:
+        if not (folder / name).is_file():
+            return Row(name, problem="there is no such file")
+    except OSError as error:  # a name that no file can have
+        return Row(at, problem=f"there is no such file ({error.strerror})")
+    return Row(name, clean(record.get(caption_column)))
+
+
+def _captions_beside(picture: Path) -> list[str]:
+    text = picture.with_suffix(".txt")
+    if not text.is_file():
+        return []
+    return clean(text.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+
+
+# -------------------------------------------------------------------------------------------------------- a table
+
+
+class Table:
+    """A data set on the Hub or on disk (parquet, arrow), read through `datasets`, which leaves pictures undecoded.
+
+    Raises:
+        ConfigError: it cannot be read, or a column is not there.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self._image_column, self._caption_column = config.image_column, config.caption_column
+        self._folder = Path(config.train_data_dir or config.dataset_name).resolve()
+        self._data = _load_dataset(config)
+        for name in (config.image_column, config.caption_column):
+            if name not in self._data.column_names:
+                raise ConfigError(
+                    f"no column {name!r} in the data; it has {', '.join(map(repr, self._data.column_names))} "
+                    "(image_column and caption_column name them)"
+                )
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def row(self, number: int) -> Row:
+        """The name is the file, within the folder where there is one, so that it does not change when that moves."""
+        stored = self._data[number]
+        path = (stored[self._image_column] or {}).get("path")
+        if path and Path(path).is_relative_to(self._folder):
+            path = Path(path).relative_to(self._folder).as_posix()
+        return Row(path or f"row {number}", clean(stored[self._caption_column]))
+
+    def open(self, number: int) -> Path | BinaryIO:
+        stored = self._data[number][self._image_column]
+        if not stored:
+            raise ValueError("there is none")
+        return io.BytesIO(stored["bytes"]) if stored.get("bytes") else Path(stored["path"])
+
+
+def _load_dataset(config: TrainConfig):
+    """The data with undecoded pictures, so that one broken file does not end the reading of the others."""
+    import datasets
+
+    where = config.train_data_dir or config.dataset_name
+    try:
+        if config.train_data_dir:
+            data = datasets.load_dataset(config.train_data_dir, split="train")
+        else:
+            data = datasets.load_dataset(config.dataset_name, config.dataset_config_name, split=config.dataset_split)
+        if config.image_column in data.column_names:
+            data = data.cast_column(config.image_column, datasets.Image(decode=False))
+    except Exception as error:  # datasets raises many kinds for a missing or malformed set
+        name = "train_data_dir" if config.train_data_dir else "dataset_name"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{name}: {where!r} cannot be read ({reason})") from error
+    return data
