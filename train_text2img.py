@@ -19,13 +19,13 @@ from latentdiff.cli_errors import run_training
 from latentdiff.config import TrainConfig
 from latentdiff.divergence import DivergenceWatch
 from latentdiff.ema import EMA
+from latentdiff.finishing import finish
 from latentdiff.losses import denoising_loss, min_snr_weight, training_target
 from latentdiff.stopping import StopSignals
 from latentdiff.training import (
     Progress,
     RunLog,
     Validation,
-    finish,
     learning_rate_at,
     load_data,
     load_networks,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from .config import ConfigError, RunStopped
 from .ema import EMA
+from .lora import has_lora, load_lora, save_lora
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def _remove_what_is_aside(output_dir: Path) -> None:
 
 
 def save_weights_as_diffusers_does(accelerator: Accelerator, unet: UNet2DConditionModel, ema: EMA | None) -> None:
-    """From now on a checkpoint holds `unet/` and `unet_ema/`, and both are read back from there.
+    """From now on a checkpoint holds `unet/` and `unet_ema/`, and both are read back from there: whole UNets, or LoRA
+    weights where the UNet has adapters.
 
     Args:
         unet: not yet prepared; its preparation keeps the module.
@@ -129,10 +131,10 @@ def save_weights_as_diffusers_does(accelerator: Accelerator, unet: UNet2DConditi
 
     def save(models: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
-            unet.save_pretrained(Path(folder) / "unet")
+            _save_weights(unet, Path(folder) / "unet")
             if ema is not None:
                 with ema.swapped_into(unet):
-                    unet.save_pretrained(Path(folder) / "unet_ema")
+                    _save_weights(unet, Path(folder) / "unet_ema")
         weights.clear()  # else accelerate writes them a second time
 
     def load(models: list, folder: str) -> None:
@@ -146,12 +148,22 @@ def save_weights_as_diffusers_does(accelerator: Accelerator, unet: UNet2DConditi
     accelerator.register_load_state_pre_hook(load)
 
 
+def _save_weights(unet: UNet2DConditionModel, folder: Path) -> None:
+    if has_lora(unet):
+        save_lora(unet, folder)
+    else:
+        unet.save_pretrained(folder)
+
+
 def _load_weights(unet: UNet2DConditionModel, folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without use_ema?")
     try:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
-    except RuntimeError:  # names and shapes of hundreds of tensors
+        if has_lora(unet):
+            load_lora(unet, folder)
+        else:
+            unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+    except (RuntimeError, OSError, ValueError):  # names and shapes of hundreds of tensors
         raise ConfigError(f"resume_from_checkpoint: {folder} holds another UNet than this run trains") from None
 
 

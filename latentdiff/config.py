@@ -47,6 +47,14 @@ class TrainConfig:
     unet: str = "emoji64"
     """"pretrained" to go on with the model's own UNet; else a preset with new weights, or the path of a config.json."""
 
+    lora_rank: int | None = None
+    """Train adapters of this rank (LoRA) on the attention of a pretrained UNet, and save them alone."""
+    lora_alpha: float | None = None
+    """Their strength, as alpha / rank; by default the rank."""
+    gradient_checkpointing: bool = False
+    """Compute the UNet's activations a second time in the backward pass instead of keeping them: less memory, a slower
+    step, the same results."""
+
     # ---- data
     train_data_dir: str | None = None
     """A folder of pictures with a .txt beside each, or with a metadata.jsonl or .csv of `file_name` and `text`; without
@@ -180,6 +188,10 @@ class TrainConfig:
         betas = (self.beta_start, self.beta_end)
         if self.beta_schedule == "squaredcos_cap_v2" and betas != (TrainConfig.beta_start, TrainConfig.beta_end):
             raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ConfigError("lora_alpha: has no effect without --lora_rank")
+        if self.lora_rank is not None:
+            _check_lora(self)
         if self.hub_model_id and not self.push_to_hub:
             raise ConfigError("hub_model_id: has no effect without --push_to_hub")
 
@@ -197,6 +209,18 @@ class TrainConfig:
         """Write every setting as YAML; `--config PATH` starts the same run again."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _check_lora(config: TrainConfig) -> None:
+    if config.unet != "pretrained":
+        raise ConfigError(f"lora_rank: adapters stand on a pretrained UNet; unet is {config.unet!r}, not 'pretrained'")
+    if config.prediction_type is not None or config.rescale_betas_zero_snr:
+        raise ConfigError(
+            "lora_rank: only the adapters are saved, so what they are used with keeps its own noise schedule; "
+            "leave out prediction_type and rescale_betas_zero_snr"
+        )
+    if config.lora_alpha is not None and config.lora_alpha <= 0:
+        raise ConfigError(f"lora_alpha: {config.lora_alpha} is not above 0")
 
 
 def _check_types(config: TrainConfig) -> None:
@@ -229,7 +253,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("caption_dropout", "held_out_fraction", "max_rejected_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is not within 0 and 1")
-    for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution"):
+    for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution", "lora_rank"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
     if config.noise_offset < 0:

@@ -37,6 +37,7 @@ def model_card(
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
+    lora_of: str | None = None,
 ) -> ModelCard:
     """Build the README.md of a saved folder; `.save(folder / "README.md")` writes it. What is not given has no section.
 
@@ -50,6 +51,7 @@ def model_card(
         metrics: name -> value; a name should say the number of pictures and the network that judges them.
         base_model: the Hub model that training started from; None from scratch.
         datasets: Hub data sets, by id.
+        lora_of: the folder holds LoRA weights alone, for this model.
 
     Raises:
         ValueError: a picture's path that is not inside the folder.
@@ -60,7 +62,7 @@ def model_card(
             raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
     sections = {
         "Samples": _picture_table(samples),
-        "Use": _usage(repo_id or "path/to/this/folder", prompt),
+        "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of),
         "Sampler": sampler,
         "Metrics": _table(("measure", "value"), (metrics or {}).items()),
         "Training": _code("bash", training_command) if training_command else "",
@@ -73,7 +75,7 @@ def model_card(
         license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["latentdiff", "diffusers", "stable-diffusion", "text-to-image", *tags],
+        tags=["latentdiff", "diffusers", "stable-diffusion", "text-to-image", *(["lora"] if lora_of else []), *tags],
         base_model=base_model,
         datasets=list(datasets) or None,
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in samples.items()] or None,
@@ -82,9 +84,9 @@ def model_card(
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n")
 
 
-def _usage(source: str, prompt: str) -> str:
-    """The three ways to load the folder, which all draw the same picture."""
-    source, prompt = (json.dumps(text, ensure_ascii=False) for text in (source, prompt))
+def _usage(source: str, prompt: str, lora_of: str | None) -> str:
+    """The three ways to load the folder, or the two to load LoRA weights, which all draw the same picture."""
+    source, prompt, base = (json.dumps(text, ensure_ascii=False) for text in (source, prompt, lora_of))
     ways = [
         ("With latentdiff", "latentdiff", "LatentDiffPipeline", ""),
         ("With diffusers alone", "diffusers", "StableDiffusionPipeline", ""),
@@ -96,8 +98,10 @@ def _usage(source: str, prompt: str) -> str:
         ),
     ]
     blocks = []
-    for title, package, pipeline, options in ways:
-        load = f"from {package} import {pipeline}\n\npipe = {pipeline}.from_pretrained({source}{options})"
+    for title, package, pipeline, options in ways[:2] if lora_of else ways:
+        loaded = base if lora_of else source
+        load = f"from {package} import {pipeline}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
+        load += f"\npipe.load_lora_weights({source})" if lora_of else ""
         blocks.append(f"{title}:\n\n" + _code("python", f"{load}\npipe({prompt}).images[0]"))
     return "\n\n".join(blocks)
 

@@ -1,9 +1,6 @@
-"""What stands around the loop of train_text2img.py: set-up before it, logs and validation in it, the model after it."""
+"""What stands around the loop of train_text2img.py: set-up before it, logs and validation in it."""
 
 import json
-import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,12 +20,11 @@ from .batches import Batches
 from .config import ConfigError, TrainConfig, cache_folder
 from .data import CaptionedPictures, EmojiPictures, OwnPictures
 from .ema import EMA
-from .hub import model_card, push_folder
+from .finishing import as_pipeline
 from .latent_cache import HiddenStates, Moments, build_in_turn
 from .latents import downsampling_factor
+from .lora import add_lora
 from .models import FrozenParts, build_unet, hide_loading_bars, load_frozen, load_unet
-from .pipelines.text2img import LatentDiffPipeline
-from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
 from .validation import HeldOutLoss, validation_pictures
 
@@ -91,6 +87,10 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
     if not torch.cuda.is_available():
         # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
         unet.set_attn_processor(AttnProcessor())
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.lora_rank is not None:
+        add_lora(unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
     return parts, unet, scheduler
 
 
@@ -221,9 +221,9 @@ def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], f
 
 
 def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel) -> torch.optim.AdamW:
-    """AdamW over the UNet's parameters, all updated in one fused kernel."""
+    """AdamW over the UNet's parameters that are trained, all updated in one fused kernel."""
     return torch.optim.AdamW(
-        unet.parameters(),
+        [p for p in unet.parameters() if p.requires_grad],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -364,87 +364,3 @@ class Validation:
                 tracker.writer.add_image(
                     "validation", picture.view(grid.height, grid.width, 3), done, dataformats="HWC"
                 )
-
-
-# ------------------------------------------------------------------------------------------------- after the loop
-
-
-def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> LatentDiffPipeline:
-    """The networks as a pipeline that draws with DDIM on the training schedule."""
-    # Stable Diffusion's pipeline rewrites a configuration without these two, and would then draw otherwise than ours.
-    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
-    return LatentDiffPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=unet,
-        scheduler=ddim,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-# What a run leaves in its folder beside the model, and what names files of the machine it ran on.
-NOT_PUSHED = ("checkpoint-*/*", ".tmp-checkpoint-*/*", "logs/*", "rejected.jsonl")
-
-
-def finish(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    parts: FrozenParts,
-    unet: UNet2DConditionModel,
-    ema: EMA | None,
-    scheduler: DDPMScheduler,
-) -> None:
-    """Save the finished model with its model card in the output folder, and push it where that is wanted."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(unet)
-        for module in (parts.vae, parts.text_encoder, unet):
-            module.to("cpu")
-            module.half() if config.save_dtype == "fp16" else module.float()
-        as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
-        _settle_configurations(Path(config.output_dir))
-        _write_card(config)
-        tqdm.write(f"saved in {config.output_dir}")
-        if config.push_to_hub:
-            name = config.hub_model_id or Path(config.output_dir).resolve().name
-            url = push_folder(config.output_dir, name, private=config.hub_private, ignore_patterns=NOT_PUSHED)
-            tqdm.write(f"pushed to {url}")
-    accelerator.end_training()
-
-
-def _settle_configurations(folder: Path) -> None:
-    """The text encoder loads in fp32 whatever precision it is saved in, as diffusers loads the UNet and transformers
-    does not; and no part names the path it was loaded from, which is nobody else's.
-    """
-    for path in (folder / part / "config.json" for part in ("vae", "text_encoder", "unet")):
-        settings = json.loads(path.read_text())
-        settings.pop("_name_or_path", None)
-        if path.parent.name == "text_encoder":
-            settings["dtype"] = "float32"
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _write_card(config: TrainConfig) -> None:
-    folder = Path(config.output_dir)
-    pictures = sorted((folder / "validation").glob("step-*.png"))
-    own = config.train_data_dir or config.dataset_name
-    from_pretrained = config.unet == "pretrained"
-    source = config.pretrained_model_name_or_path
-    is_hub_id = not Path(source).exists()
-    model_card(
-        config.hub_model_id or folder.resolve().name,
-        license="other" if own or from_pretrained else "cc-by-sa-4.0",
-        repo_id=config.hub_model_id,
-        description="A latent text-to-image diffusion model, trained with latentdiff.",
-        samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
-        prompt=next(iter(config.validation_prompts), "a cat"),
-        training_command=f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
-        sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
-        data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
-        base_model=source if from_pretrained and is_hub_id else None,
-        datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
-    ).save(folder / "README.md")

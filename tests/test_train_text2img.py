@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kill_stress
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
+import kill_stress
 from conftest import _HUB
 from hub_server import USER
 from latentdiff.cli_errors import run_training
@@ -441,6 +441,59 @@ def test_validation_changes_nothing_in_the_run(train, tmp_path):
     assert list((run / "logs").rglob("events*"))
     assert losses(run) == losses(without)
     assert weights(run, "checkpoint-4/unet") == weights(without, "checkpoint-4/unet")
+
+
+# ---- adapters, and less memory --------------------------------------------------------------------------------------
+
+
+def test_lora_trains_resumes_and_loads_in_diffusers(train, settings, tmp_path):
+    """The adapters would not be what was trained, start afresh at a resume, or the base model be changed or saved."""
+    changes = {"lora_rank": 2, "lora_alpha": 4.0, "checkpointing_steps": 2}
+    whole = train(output_dir=str(tmp_path / "whole"), **changes)
+    file = "pytorch_lora_weights.safetensors"
+    assert {p.name for p in whole.iterdir()} >= {file, "README.md"} and not (whole / "model_index.json").exists()
+    assert sorted(p.name for p in (whole / "checkpoint-2" / "unet").iterdir()) == [file]
+
+    train(output_dir=str(tmp_path / "half"), **{**changes, "max_train_steps": 2})
+    half = train(output_dir=str(tmp_path / "half"), resume_from_checkpoint="latest", **changes)
+    for part in ("", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
+        assert (half / part / file).read_bytes() == (whole / part / file).read_bytes()
+    assert losses(half) == losses(whole)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(settings["pretrained_model_name_or_path"])
+    before = {name: p.detach().clone() for name, p in pipeline.unet.named_parameters()}
+    pipeline.load_lora_weights(whole)
+    after = dict(pipeline.unet.named_parameters())
+    assert any("lora_B" in name and p.abs().max() > 0 for name, p in after.items())
+    assert all(torch.equal(p, after.get(name, after.get(based(name)))) for name, p in before.items())
+    card = (whole / "README.md").read_text()
+    assert "load_lora_weights" in card and "- lora" in card
+
+
+def based(name: str) -> str:
+    """What peft calls a weight that it put an adapter on."""
+    head, _, tail = name.rpartition(".")
+    return f"{head}.base_layer.{tail}"
+
+
+def test_lora_that_makes_no_sense_is_refused():
+    for wrong in ({"unet": "tiny"}, {"prediction_type": "v_prediction"}, {"lora_alpha": -1.0}, {"lora_rank": 0}):
+        with pytest.raises(ConfigError, match="lora_"):
+            TrainConfig(**{"unet": "pretrained", "lora_rank": 4, **wrong})
+    with pytest.raises(ConfigError, match="lora_alpha"):
+        TrainConfig(lora_alpha=1.0)
+
+
+def test_gradient_checkpointing_changes_no_result(script, train, tmp_path, monkeypatch):
+    """Activations would be computed anew with other numbers, or the option do nothing."""
+    plain = train(output_dir=str(tmp_path / "plain"))
+    asked = []
+    real = UNet2DConditionModel.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        UNet2DConditionModel, "enable_gradient_checkpointing", lambda self: (asked.append(1), real(self))
+    )
+    less = train(output_dir=str(tmp_path / "less"), gradient_checkpointing=True)
+    assert asked and losses(plain) == losses(less) and weights(plain) == weights(less)
 
 
 # ---- the finished folder --------------------------------------------------------------------------------------------

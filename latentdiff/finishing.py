@@ -1,0 +1,109 @@
+"""What a finished run leaves: a Stable Diffusion folder or LoRA weights, with a model card, on the Hub if wanted."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from tqdm.auto import tqdm
+
+from . import emoji
+from .config import TrainConfig
+from .ema import EMA
+from .hub import model_card, push_folder
+from .lora import has_lora, save_lora
+from .models import FrozenParts
+from .pipelines.text2img import LatentDiffPipeline
+from .scheduling_ddim import DDIMScheduler
+from .scheduling_ddpm import DDPMScheduler
+
+
+def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> LatentDiffPipeline:
+    """The networks as a pipeline that draws with DDIM on the training schedule."""
+    # Stable Diffusion's pipeline rewrites a configuration without these two, and would then draw otherwise than ours.
+    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
+    return LatentDiffPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=unet,
+        scheduler=ddim,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+# What a run leaves in its folder beside the model, and what names files of the machine it ran on.
+NOT_PUSHED = ("checkpoint-*/*", ".tmp-checkpoint-*/*", "logs/*", "rejected.jsonl")
+
+
+def finish(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    parts: FrozenParts,
+    unet: UNet2DConditionModel,
+    ema: EMA | None,
+    scheduler: DDPMScheduler,
+) -> None:
+    """Save the finished model with its model card in the output folder, and push it where that is wanted."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(unet)
+        dtype = torch.float16 if config.save_dtype == "fp16" else torch.float32
+        if has_lora(unet):
+            save_lora(unet, Path(config.output_dir), dtype)
+        else:
+            for module in (parts.vae, parts.text_encoder, unet):
+                module.to("cpu", dtype)
+            as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
+            _settle_configurations(Path(config.output_dir))
+        _write_card(config)
+        tqdm.write(f"saved in {config.output_dir}")
+        if config.push_to_hub:
+            name = config.hub_model_id or Path(config.output_dir).resolve().name
+            url = push_folder(config.output_dir, name, private=config.hub_private, ignore_patterns=NOT_PUSHED)
+            tqdm.write(f"pushed to {url}")
+    accelerator.end_training()
+
+
+def _settle_configurations(folder: Path) -> None:
+    """The text encoder loads in fp32 whatever precision it is saved in, as diffusers loads the UNet and transformers
+    does not; and no part names the path it was loaded from, which is nobody else's.
+    """
+    for path in (folder / part / "config.json" for part in ("vae", "text_encoder", "unet")):
+        settings = json.loads(path.read_text())
+        settings.pop("_name_or_path", None)
+        if path.parent.name == "text_encoder":
+            settings["dtype"] = "float32"
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _write_card(config: TrainConfig) -> None:
+    folder = Path(config.output_dir)
+    pictures = sorted((folder / "validation").glob("step-*.png"))
+    own = config.train_data_dir or config.dataset_name
+    from_pretrained = config.unet == "pretrained"
+    source = config.pretrained_model_name_or_path
+    is_hub_id = not Path(source).exists()
+    model_card(
+        config.hub_model_id or folder.resolve().name,
+        license="other" if own or from_pretrained else "cc-by-sa-4.0",
+        repo_id=config.hub_model_id,
+        description="A latent text-to-image diffusion model, trained with latentdiff."
+        if config.lora_rank is None
+        else f"LoRA weights of rank {config.lora_rank} for {source}, trained with latentdiff.",
+        lora_of=source if config.lora_rank else None,
+        samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
+        prompt=next(iter(config.validation_prompts), "a cat"),
+        training_command=f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
+        sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
+        data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
+        base_model=source if from_pretrained and is_hub_id else None,
+        datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
+    ).save(folder / "README.md")
