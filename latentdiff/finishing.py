@@ -55,12 +55,13 @@ def finish(
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(unet)
-        dtype = torch.float16 if config.save_dtype == "fp16" else torch.float32
+        half = config.save_dtype == "fp16"
         if has_lora(unet):
-            save_lora(unet, Path(config.output_dir), dtype)
+            save_lora(unet, Path(config.output_dir), torch.float16 if half else torch.float32)
         else:
             for module in (parts.vae, parts.text_encoder, unet):
-                module.to("cpu", dtype)
+                module.to("cpu")
+                module.half() if half else module.float()
             as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
             _settle_configurations(Path(config.output_dir))
         _write_card(config)
