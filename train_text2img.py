@@ -7,6 +7,7 @@ any Stable-Diffusion-shaped model goes on from its own weights. `--help` lists e
 
 import torch
 
+from latentdiff.background_push import BackgroundPush
 from latentdiff.batches import Batch
 from latentdiff.checkpoint import (
     load_checkpoint,
@@ -39,6 +40,7 @@ def main(config: TrainConfig) -> None:
     accelerator, output_dir = start(config)
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     parts, unet, scheduler = load_networks(config)
+    pushes = BackgroundPush(config, parts, unet, scheduler) if accelerator.is_main_process else None
     data = load_data(config, accelerator, parts, unet, scheduler)
     total_steps = optimizer_steps(config, data.batches)
     learning_rate = learning_rate_at(config, total_steps)
@@ -84,10 +86,14 @@ def main(config: TrainConfig) -> None:
                 validation(accelerator.unwrap_model(unet), done)
             if saves:  # after the validation: a run killed between the two would go on without it
                 extra = {"losses": progress.pending, "skipped_steps": watch.skipped_steps}
-                save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit, extra)
+                saved = save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit, extra)
+                if pushes and done < total_steps:
+                    pushes.start(saved, done)
             if stops:
                 stop.leave(done)
 
+    if pushes:
+        pushes.wait()
     finish(config, accelerator, parts, accelerator.unwrap_model(unet), ema, scheduler)
 
 

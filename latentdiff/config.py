@@ -170,7 +170,7 @@ class TrainConfig:
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """Precision of the finished model's weights."""
     push_to_hub: bool = False
-    """Push the finished model."""
+    """Push the averaged weights of every checkpoint while the run goes on, and the finished model at its end."""
     hub_model_id: str | None = None
     """Repository to push to; by default the name of the output folder."""
     hub_private: bool = False
@@ -188,6 +188,8 @@ class TrainConfig:
         betas = (self.beta_start, self.beta_end)
         if self.beta_schedule == "squaredcos_cap_v2" and betas != (TrainConfig.beta_start, TrainConfig.beta_end):
             raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps != TrainConfig.lr_warmup_steps:
+            raise ConfigError("lr_warmup_steps: has no effect with lr_scheduler constant; take constant_with_warmup")
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ConfigError("lora_alpha: has no effect without --lora_rank")
         if self.lora_rank is not None:
@@ -256,14 +258,17 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution", "lora_rank"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
-    if config.noise_offset < 0:
-        raise ConfigError(f"noise_offset: {config.noise_offset} is below 0")
-    if config.learning_rate <= 0:
-        raise ConfigError(f"learning_rate: {config.learning_rate} is not above 0")
+    for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{name}: {getattr(config, name)} is not above 0")
+    for name in ("adam_weight_decay", "lr_warmup_steps", "noise_offset"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}: {getattr(config, name)} is below 0")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} is not in [0, 1)")
     if config.snr_gamma is not None and config.snr_gamma <= 0:
         raise ConfigError(f"snr_gamma: {config.snr_gamma} is not above 0; leave it out for the plain loss")
-    if not 0 <= config.ema_decay < 1:
-        raise ConfigError(f"ema_decay: {config.ema_decay} is not in [0, 1)")
 
 
 # What differs from the defaults.

@@ -39,7 +39,7 @@ def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMS
 
 
 # What a run leaves in its folder beside the model, and what names files of the machine it ran on.
-NOT_PUSHED = ("checkpoint-*/*", ".tmp-checkpoint-*/*", "logs/*", "rejected.jsonl")
+NOT_PUSHED = ("checkpoint-*/*", ".tmp-*", "logs/*", "rejected.jsonl")
 
 
 def finish(
@@ -63,17 +63,23 @@ def finish(
                 module.to("cpu")
                 module.half() if half else module.float()
             as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
-            _settle_configurations(Path(config.output_dir))
+            settle_configurations(Path(config.output_dir))
         _write_card(config)
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
-            name = config.hub_model_id or Path(config.output_dir).resolve().name
-            url = push_folder(config.output_dir, name, private=config.hub_private, ignore_patterns=NOT_PUSHED)
+            url = push_folder(
+                config.output_dir, repo_name(config), private=config.hub_private, ignore_patterns=NOT_PUSHED
+            )
             tqdm.write(f"pushed to {url}")
     accelerator.end_training()
 
 
-def _settle_configurations(folder: Path) -> None:
+def repo_name(config: TrainConfig) -> str:
+    """Where the model is pushed to."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name
+
+
+def settle_configurations(folder: Path) -> None:
     """The text encoder loads in fp32 whatever precision it is saved in, as diffusers loads the UNet and transformers
     does not; and no part names the path it was loaded from, which is nobody else's.
     """
@@ -93,7 +99,7 @@ def _write_card(config: TrainConfig) -> None:
     source = config.pretrained_model_name_or_path
     is_hub_id = not Path(source).exists()
     model_card(
-        config.hub_model_id or folder.resolve().name,
+        repo_name(config),
         license="other" if own or from_pretrained else "cc-by-sa-4.0",
         repo_id=config.hub_model_id,
         description="A latent text-to-image diffusion model, trained with latentdiff."

@@ -155,12 +155,8 @@ def push_folder(
     """
     if not Path(folder).is_dir():
         raise PushError(f"{folder} is not a folder: nothing to push")
-    token = (token or get_token() or "").strip()
-    if not token:
-        raise PushError(f"no token to push to {repo_id} with: set HF_TOKEN, or run `hf auth login`")
-    api = HfApi(token=token)
+    api, repo_id = open_repo(repo_id, private, token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -172,8 +168,24 @@ def push_folder(
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         # `from None`: the chain would print the library's own message, which may quote the request's headers.
-        raise PushError(_explain(error, repo_id).replace(token, "<token>")) from None
+        raise PushError(_explain(error, repo_id).replace(api.token, "<token>")) from None
     return commit.commit_url
+
+
+def open_repo(repo_id: str, private: bool = False, token: str | None = None) -> tuple[HfApi, str]:
+    """The model repository, created if need be, and its whole name: what has to work before a push can.
+
+    Raises:
+        PushError: as `push_folder`.
+    """
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise PushError(f"no token to push to {repo_id} with: set HF_TOKEN, or run `hf auth login`")
+    api = HfApi(token=token)
+    try:
+        return api, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise PushError(_explain(error, repo_id).replace(token, "<token>")) from None
 
 
 def _explain(error: Exception, repo_id: str) -> str:

@@ -91,6 +91,12 @@ def test_yaml_as_a_person_writes_it(tmp_path):
         ("noise_offset", -0.1),
         ("prediction_type", "x0"),
         ("ema_decay", 1.0),
+        ("adam_beta1", 1.0),
+        ("adam_beta2", -0.1),
+        ("adam_epsilon", 0.0),
+        ("adam_weight_decay", -1.0),
+        ("lr_warmup_steps", -1),
+        ("max_grad_norm", 0.0),
         ("train_data_dir", "/no/such/folder"),
         ("hub_model_id", "me/model"),
         ("mixed_precision", "fp8"),
@@ -115,6 +121,8 @@ def test_settings_that_exclude_each_other(tmp_path):
         TrainConfig(train_data_dir=str(tmp_path), dataset_name="x/y")
     with pytest.raises(ConfigError, match="held_out_fraction"):
         TrainConfig(held_out_fraction=0.1)
+    with pytest.raises(ConfigError, match="lr_warmup_steps"):
+        TrainConfig(lr_scheduler="constant", lr_warmup_steps=10)
     with pytest.raises(ConfigError, match="beta_start and beta_end"):
         TrainConfig(beta_schedule="squaredcos_cap_v2", beta_end=0.01)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,15 @@ from diffusers import DDPMScheduler as PeerScheduler
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
+from safetensors.torch import load, load_file
 
 import kill_stress
 from conftest import _HUB
 from hub_server import USER
+from latentdiff import background_push
 from latentdiff.cli_errors import run_training
 from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.hub import PushError
 from latentdiff.models import fingerprint, load_frozen, load_unet
 from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
 from test_data import hostile_folder
@@ -532,6 +536,66 @@ def test_pushed_is_the_model_and_not_the_run(hub, train, tiny_pipeline_folder):
     assert not [path for path in pushed if path.endswith(".json") and loaded_from in hub.files(f"{USER}/cats")[path]]
     card = hub.files(f"{USER}/cats")["README.md"].decode()
     assert "validation/step-0000004.png" in card and f'from_pretrained("{USER}/cats")' in card
+
+
+class AtOnce:
+    """A thread that does its work when it is started."""
+
+    def __init__(self, target, args, daemon):
+        self._work = lambda: target(*args)
+
+    def start(self) -> None:
+        self._work()
+
+    def is_alive(self) -> bool:
+        return False
+
+    def join(self) -> None:
+        """There is nothing to wait for."""
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monkeypatch, capsys, lora_rank):
+    """A run would wait for the Hub, end when it cannot be reached, or push other weights than the average's."""
+    real, steps = background_push.push_folder, []
+
+    def sometimes(folder, name, **options):
+        steps.append(options.get("commit_message"))
+        if len(steps) == 1:
+            raise PushError("not pushed to x: the Hub is away")
+        return real(folder, name, **options)
+
+    monkeypatch.setattr(background_push, "push_folder", sometimes)
+    monkeypatch.setattr(background_push, "threading", SimpleNamespace(Thread=AtOnce))
+    changes = {"checkpointing_steps": 1, "save_dtype": "fp16", "lora_rank": lora_rank}
+    plain = train(output_dir=str(tmp_path / "plain"), **changes)
+    run = train(output_dir=str(tmp_path / "run"), push_to_hub=True, hub_model_id=f"{USER}/cats", **changes)
+    assert steps == ["Step 1", "Step 2", "Step 3"]
+    assert "step 1: not pushed to x: the Hub is away" in capsys.readouterr().out
+    assert losses(run) == losses(plain) and not (run / ".tmp-push").exists()
+    file = "pytorch_lora_weights.safetensors" if lora_rank else "unet/diffusion_pytorch_model.safetensors"
+    assert hub.files(f"{USER}/cats")[file] == (run / file).read_bytes()
+    # what stood there after step 3, the commit before the last
+    *_, third, _ = [files for files in hub.commits.values() if file in files]
+    average = load_file(run / "checkpoint-3" / "unet_ema" / Path(file).name)
+    pushed = load(third[file])
+    half = {name: tensor if lora_rank else tensor.half() for name, tensor in average.items()}
+    assert all(torch.equal(pushed[name], half[name]) for name in half) and pushed.keys() == half.keys()
+    if not lora_rank:
+        for name, content in third.items():
+            (tmp_path / "third" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "third" / name).write_bytes(content)
+        assert draws(tmp_path / "third").shape == (16, 16, 3)
+
+
+def test_a_run_that_may_not_push_says_so_before_it_trains(hub, train, tmp_path, monkeypatch):
+    """After days of training the token would turn out to be missing."""
+    with pytest.raises(PushError, match="may not write there"):
+        train(push_to_hub=True, hub_model_id="somebody-else/cats")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PushError, match="HF_TOKEN"):
+        train(push_to_hub=True, hub_model_id=f"{USER}/cats")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_the_saved_settings_start_the_same_run_again(script, train, tmp_path):

@@ -1,0 +1,84 @@
+"""While a run trains, the averaged weights of its checkpoints go to the Hub from a thread of their own.
+
+A push that fails is said in one line and hurts nothing: the next checkpoint is pushed in its place, and the finished
+model at the end. The thread handles files alone. It builds no network, since the libraries change settings of the whole
+process while they load one, under which the run would draw other numbers.
+"""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from .config import TrainConfig
+from .finishing import as_pipeline, repo_name, settle_configurations
+from .hub import PushError, open_repo, push_folder
+from .lora import has_lora
+from .models import FrozenParts
+from .scheduling_ddpm import DDPMScheduler
+
+
+class BackgroundPush:
+    """One push at a time; a checkpoint that comes while another is still on its way is not pushed.
+
+    Args:
+        config: of the run.
+        parts, unet, scheduler: what the pushed folder is made of; its UNet is replaced by each checkpoint's.
+
+    Raises:
+        PushError: the run is to push, and there is no token or it may not write there: better known now than at the
+            end.
+    """
+
+    def __init__(self, config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler):
+        self._config, self._is_lora = config, has_lora(unet)
+        self._thread: threading.Thread | None = None
+        folder = Path(config.output_dir) / ".tmp-push"
+        self._weights, self._model = folder / "weights", folder / "model"
+        if config.push_to_hub:
+            open_repo(repo_name(config), config.hub_private)
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+            if not self._is_lora:
+                as_pipeline(parts, unet, scheduler).save_pretrained(self._model)
+
+    def start(self, checkpoint: Path, step: int) -> None:
+        """Begin to push what `checkpoint` holds."""
+        if not self._config.push_to_hub or (self._thread and self._thread.is_alive()):
+            return
+        averaged = checkpoint / "unet_ema"
+        shutil.rmtree(self._weights, ignore_errors=True)
+        # Links: the checkpoint may be removed before the push is through.
+        shutil.copytree(averaged if averaged.is_dir() else checkpoint / "unet", self._weights, copy_function=os.link)
+        self._thread = threading.Thread(target=self._push, args=(step,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the push that is on its way is through or has failed; what it needed is removed."""
+        if self._thread:
+            self._thread.join()
+        shutil.rmtree(self._model.parent, ignore_errors=True)
+
+    def _push(self, step: int) -> None:
+        try:
+            if not self._is_lora:
+                self._assemble()
+            folder = self._weights if self._is_lora else self._model
+            name, private = repo_name(self._config), self._config.hub_private
+            push_folder(folder, name, private=private, commit_message=f"Step {step}")
+        except PushError as error:
+            tqdm.write(f"step {step}: {error}; the next checkpoint will be pushed instead")
+        except Exception as error:  # whatever it is, it is not worth the run
+            tqdm.write(f"step {step}: not pushed ({type(error).__name__}); the next checkpoint will be pushed instead")
+
+    def _assemble(self) -> None:
+        shutil.rmtree(self._model / "unet")
+        shutil.copytree(self._weights, self._model / "unet")
+        settle_configurations(self._model)
+        if self._config.save_dtype == "fp16":
+            for path in self._model.rglob("*.safetensors"):
+                halved = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
+                save_file(halved, path, metadata={"format": "pt"})
