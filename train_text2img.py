@@ -5,10 +5,7 @@ Without arguments: the embedded emoji at 64x64, from scratch, on the shipped VAE
 any Stable-Diffusion-shaped model goes on from its own weights. `--help` lists every setting.
 """
 
-import torch
-
 from latentdiff.background_push import BackgroundPush
-from latentdiff.batches import Batch
 from latentdiff.checkpoint import (
     load_checkpoint,
     resolve_checkpoint,
@@ -21,7 +18,7 @@ from latentdiff.config import TrainConfig
 from latentdiff.divergence import DivergenceWatch
 from latentdiff.ema import EMA
 from latentdiff.finishing import finish
-from latentdiff.losses import denoising_loss, min_snr_weight, training_target
+from latentdiff.preflight import say_first_look
 from latentdiff.stopping import StopSignals
 from latentdiff.training import (
     Progress,
@@ -33,6 +30,7 @@ from latentdiff.training import (
     make_optimizer,
     optimizer_steps,
     start,
+    training_loss,
 )
 
 
@@ -42,6 +40,8 @@ def main(config: TrainConfig) -> None:
     parts, unet, scheduler = load_networks(config)
     pushes = BackgroundPush(config, parts, unet, scheduler) if accelerator.is_main_process else None
     data = load_data(config, accelerator, parts, unet, scheduler)
+    if accelerator.is_main_process:
+        say_first_look(config, parts, unet, data)
     total_steps = optimizer_steps(config, data.batches)
     learning_rate = learning_rate_at(config, total_steps)
 
@@ -95,17 +95,6 @@ def main(config: TrainConfig) -> None:
     if pushes:
         pushes.wait()
     finish(config, accelerator, parts, accelerator.unwrap_model(unet), ema, scheduler)
-
-
-def training_loss(unet: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
-    """The weighted loss of each sample of a batch in what the UNet predicts -> (B,)."""
-    noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    model_output = unet(noisy_latents, batch.timesteps, batch.encoder_hidden_states).sample
-    kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
-    losses = denoising_loss(model_output, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
-    if config.snr_gamma is not None:
-        losses = losses * min_snr_weight(abar, batch.timesteps, config.snr_gamma, kind)
-    return losses
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The command line: `latentdiff generate`, `latentdiff retrieval`, `latentdiff backgrounds`.
+"""The command line: `latentdiff generate`, `latentdiff retrieval`, `latentdiff backgrounds`, `latentdiff check`.
 
 Torch and diffusers are imported inside the commands, so that `--help` and a mistyped flag answer without loading them.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from PIL import Image
 
-from .cli_errors import user_errors
-from .config import ConfigError
+from .cli_errors import parse_train_config, user_errors
+from .config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from .evaluation import DrawSettings, Measurement
@@ -71,6 +72,14 @@ class Backgrounds(Command):
     """Held-out pairs of emoji and background to draw, and as many that were trained on."""
     output: str | None = None
     """JSON file for the numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Look before training: takes every flag of train_text2img.py (which `latentdiff check --help` lists) and says
+    what it finds in pictures, captions, VAE, disk, time and memory."""
+
+    config: tyro.conf.Suppress[TrainConfig | None] = None
 
 
 def load_pipeline(checkpoint: str, device: str | None) -> Any:
@@ -178,13 +187,23 @@ def _report(result: "Measurement", output: str | None) -> None:
             raise ConfigError(f"{output} cannot be written: {error}") from None
 
 
-COMMANDS = {Generate: generate, Retrieval: retrieval, Backgrounds: backgrounds}
+def check(command: Check) -> None:
+    """Say what stands against a run with these settings."""
+    from . import preflight
+
+    preflight.check(command.config)
 
 
-def parse(argv: list[str] | None = None) -> Command:
+COMMANDS = {Generate: generate, Retrieval: retrieval, Backgrounds: backgrounds, Check: check}
+
+
+def parse(argv: list[str] | None = None) -> Command | Check:
     """The command that `argv` (by default the process's own) asks for."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:  # its flags stand over a preset or a file, as in training
+        return Check(config=parse_train_config(argv[1:], prog="latentdiff check"))
     description = "Draw with a latent diffusion model, and measure what it draws."
-    return tyro.cli(Generate | Retrieval | Backgrounds, args=argv, prog="latentdiff", description=description)
+    return tyro.cli(Generate | Retrieval | Backgrounds | Check, args=argv, prog="latentdiff", description=description)
 
 
 def main(argv: list[str] | None = None) -> None:

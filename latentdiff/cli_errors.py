@@ -22,7 +22,7 @@ def run_training(main: Callable[[TrainConfig], None], argv: list[str] | None = N
         main(parse_train_config(argv))
 
 
-def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
+def parse_train_config(argv: list[str] | None = None, prog: str | None = None) -> TrainConfig:
     """Flags over a config file over a preset over the defaults.
 
     Raises:
@@ -37,6 +37,7 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
         TrainConfig,
         default=TrainConfig(**values),
         args=rest,
+        prog=prog,
         description=f"{TrainConfig.__doc__}\n\n--preset NAME and --config FILE set what the flags then change.",
     )
 

@@ -106,12 +106,15 @@ class OwnPictures:
     Raises:
         ConfigError: the data or a column is not there, or more than `max_rejected_fraction` of the pictures cannot be
             used; they are listed in `rejected.jsonl` in the output folder either way.
+
+    Attributes:
+        enlarged: how many are smaller than the resolution.
     """
 
     def __init__(self, config: TrainConfig, resolution: int):
         self._config, self._resolution = config, resolution
         self._source = open_source(config)
-        self._rows, self._names, self.captions, self.held_out = [], [], [], []
+        self._rows, self._names, self.captions, self.held_out, self.enlarged = [], [], [], [], 0
         rejected = []
         count = min(len(self._source), config.max_train_samples or len(self._source))
         for number in range(count):
@@ -150,7 +153,7 @@ class OwnPictures:
         if not row.captions:
             return "its caption is missing"
         try:
-            self._decode(number)
+            self.enlarged += min(self._decode(number).size) < self._resolution
         except Exception as error:  # Pillow raises many kinds for a broken file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"it cannot be read as a picture ({reason})"

@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from . import emoji
-from .batches import Batches
+from .batches import Batch, Batches
 from .config import ConfigError, TrainConfig, cache_folder
 from .data import CaptionedPictures, EmojiPictures, OwnPictures
 from .ema import EMA
@@ -24,6 +24,7 @@ from .finishing import as_pipeline
 from .latent_cache import HiddenStates, Moments, build_in_turn
 from .latents import downsampling_factor
 from .lora import add_lora
+from .losses import denoising_loss, min_snr_weight, training_target
 from .models import FrozenParts, build_unet, hide_loading_bars, load_frozen, load_unet
 from .scheduling_ddpm import DDPMScheduler
 from .validation import HeldOutLoss, validation_pictures
@@ -44,19 +45,28 @@ def start(config: TrainConfig) -> tuple[Accelerator, Path]:
         config.save(output_dir / "train_config.yaml")
     except OSError as error:
         raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({error.strerror})") from None
-    tracker = None if config.report_to == "none" else config.report_to
+    return make_accelerator(config), output_dir
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator that the settings ask for, with its tracker started.
+
+    Raises:
+        ConfigError: the precision is not to be had here, or the tracker is unknown.
+    """
+    tracker, output_dir = None if config.report_to == "none" else config.report_to, config.output_dir
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             log_with=tracker,
-            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         )
         if tracker:
             accelerator.init_trackers("latentdiff")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"mixed_precision or report_to: {str(error).splitlines()[0]}") from None
-    return accelerator, output_dir
+    return accelerator
 
 
 def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionModel, DDPMScheduler]:
@@ -233,6 +243,17 @@ def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel) -> torch.opt
 
 
 # ---------------------------------------------------------------------------------------------------- in the loop
+
+
+def training_loss(unet: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
+    """The weighted loss of each sample of a batch in what the UNet predicts -> (B,)."""
+    noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    model_output = unet(noisy_latents, batch.timesteps, batch.encoder_hidden_states).sample
+    kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
+    losses = denoising_loss(model_output, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
+    if config.snr_gamma is not None:
+        losses = losses * min_snr_weight(abar, batch.timesteps, config.snr_gamma, kind)
+    return losses
 
 
 class RunLog:

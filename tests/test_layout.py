@@ -27,6 +27,7 @@ ALLOWED = {
     "data": {"config", "emoji", "random_streams", "sources"},
     "latent_cache": {"latents", "data", "models"},
     "divergence": {"config", "batches"},
+    "lora": {"config"},
     "batches": {"random_streams", "data", "guidance", "latent_cache", "latents"},
 }
 TRAVELLERS = [*PACKAGE.glob("scheduling_*.py"), PACKAGE / "noise_schedule.py", *(ROOT / "pipelines").glob("*.py")]

@@ -25,6 +25,9 @@ def test_links_lead_somewhere():
 def test_commands_are_understood(command, monkeypatch):
     """A flag, target or module in the README would not exist."""
     monkeypatch.chdir(ROOT)
+    # The folders of the examples are the reader's: the flags are what is checked.
+    monkeypatch.setattr("latentdiff.config.Path.is_dir", lambda path: True)
+    monkeypatch.setattr("latentdiff.cli_errors.read_config", lambda path: {})
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
@@ -39,9 +42,6 @@ def test_commands_are_understood(command, monkeypatch):
 
         assert words[:2] == ["accelerate", "launch"] and "train_text2img.py" in words
         flags = words[words.index("train_text2img.py") + 1 :]
-        # The folders of the example are the reader's: the flags are what is checked.
-        monkeypatch.setattr("latentdiff.config.Path.is_dir", lambda path: True)
-        monkeypatch.setattr("latentdiff.cli_errors.read_config", lambda path: {})
         parse_train_config(flags)
 
 
