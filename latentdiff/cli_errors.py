@@ -1,6 +1,8 @@
 """The ways from a command line into a function: tyro for the flags, one clear line for a user's mistake."""
 
 import argparse
+import errno
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +47,8 @@ def parse_train_config(argv: list[str] | None = None, prog: str | None = None) -
 class user_errors:  # noqa: N801 - reads as a statement
     """A ConfigError inside the block prints its one line and exits with status 2, a RunStopped with status 1.
 
-    Anything else is a fault of ours and keeps its traceback.
+    So do a disk that is full or cannot be written any more (1) and Ctrl-C (130). Anything else is a fault of ours and
+    keeps its traceback.
     """
 
     def __enter__(self) -> None:
@@ -55,3 +58,9 @@ class user_errors:  # noqa: N801 - reads as a statement
         if isinstance(error, (ConfigError, RunStopped)):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+            raise SystemExit(1) from None
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import NoReturn
 
@@ -10,6 +11,8 @@ from tqdm.auto import tqdm
 
 # Processes must stop after the same step, so they ask each other; not at every step, since asking takes time.
 STEPS_BETWEEN_QUESTIONS = 10
+# Ctrl-C reaches a process from the terminal and once more from its launcher: what comes so soon is the same wish.
+SECONDS_OF_ONE_WISH = 0.5
 
 
 class StopSignals:
@@ -22,6 +25,7 @@ class StopSignals:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._received: int | None = None
+        self._first = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -35,9 +39,11 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._received = number
+            if time.monotonic() - self._first > SECONDS_OF_ONE_WISH:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._received, self._first = number, time.monotonic()
         if self._accelerator.is_main_process:
             name = signal.Signals(number).name
             tqdm.write(f"{name}: stopping after this step, with a checkpoint; once more to leave at once")

@@ -57,7 +57,9 @@ def test_a_second_signal_ends_the_process_at_once():
         "from latentdiff.stopping import StopSignals\n"
         "with StopSignals(SimpleNamespace(is_main_process=True)):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # at once: the launcher passes the same wish on
         "    print('still here', flush=True)\n"
+        "    time.sleep(0.6)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('too long', flush=True)\n"
     )
