@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from . import emoji
-from .config import TrainConfig
+from .config import PRESETS, TrainConfig, packaged_checkpoint
 from .ema import EMA
 from .hub import model_card, push_folder
 from .lora import has_lora, save_lora
@@ -39,7 +39,7 @@ def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMS
 
 
 # What a run leaves in its folder beside the model, and what names files of the machine it ran on.
-NOT_PUSHED = ("checkpoint-*/*", ".tmp-*", "logs/*", "rejected.jsonl")
+NOT_PUSHED = ("checkpoint-*/*", ".tmp-*", "logs/*", "rejected.jsonl", "train_config.yaml")
 
 
 def finish(
@@ -91,6 +91,32 @@ def settle_configurations(folder: Path) -> None:
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+# Where files lay on the machine of the run says nothing to others.
+_OF_THE_MACHINE = {"output_dir", "cache_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"}
+
+
+def training_command(settings: dict) -> str:
+    """A run as a command line: every setting that differs from the preset's, of paths their last part at most.
+
+    Args:
+        settings: all of a `TrainConfig`, by name.
+    """
+    preset = "finetune" if settings["unet"] == "pretrained" else "emoji64"
+    defaults = {field.name: field.default for field in fields(TrainConfig)} | PRESETS[preset]
+    defaults["pretrained_model_name_or_path"] = packaged_checkpoint()
+    words = [] if preset == "emoji64" else ["--preset", preset]
+    for name, value in settings.items():
+        default = defaults[name]
+        if name in _OF_THE_MACHINE or value == default or (isinstance(value, list) and tuple(value) == default):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else (value,)
+            words += [f"--{name}", *(Path(v).name if os.path.isabs(str(v)) else str(v) for v in values)]
+    return shlex.join(["accelerate", "launch", "train_text2img.py", *words])
+
+
 def _write_card(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     pictures = sorted((folder / "validation").glob("step-*.png"))
@@ -108,7 +134,7 @@ def _write_card(config: TrainConfig) -> None:
         lora_of=source if config.lora_rank else None,
         samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
         prompt=next(iter(config.validation_prompts), "a cat"),
-        training_command=f"accelerate launch {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
+        training_command=training_command(asdict(config)),
         sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
         data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,

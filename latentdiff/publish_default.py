@@ -6,17 +6,17 @@ RUN/backgrounds.json` measured.
 """
 
 import json
-import shlex
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from . import emoji
 from .cli_errors import run_cli
-from .config import PRESETS, ConfigError, TrainConfig, read_config
+from .config import ConfigError, packaged_checkpoint, read_config
 from .demo import PROMPTS, draw
+from .finishing import training_command
 from .hub import model_card
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -58,7 +58,7 @@ def main(config: PublishConfig) -> None:
         license="cc-by-sa-4.0",
         description=f"{_description(run, log, config.machine)} {config.note}".strip(),
         samples={f"{SAMPLES}/{path.name}": prompt for path, prompt in zip(pictures, PROMPTS, strict=True)},
-        training_command=_command(run / "train_config.yaml"),
+        training_command=training_command(_settings(run)),
         sampler="Samples: DDIM, 50 steps, guidance 4. Each measure names its own.",
         data=emoji.CREDITS,
         metrics=_metrics(run),
@@ -110,19 +110,10 @@ def _parameters(folder: Path) -> float:
         return sum(weights.get_tensor(name).numel() for name in weights.keys()) / 1e6  # noqa: SIM118
 
 
-def _command(path: Path) -> str:
-    """The run as a command line: every setting that differs from its default, but for where files lie."""
-    saved, default = read_config(str(path)), TrainConfig(**PRESETS["emoji64"])
-    left_out = {"output_dir", "cache_dir", "pretrained_model_name_or_path", "resume_from_checkpoint", "report_to"}
-    words = []
-    for field in fields(TrainConfig):
-        if field.name not in left_out and saved[field.name] != getattr(default, field.name):
-            value = saved[field.name]
-            if isinstance(value, bool):
-                words.append(f"--{field.name}" if value else f"--no-{field.name}")
-            else:
-                words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return f"accelerate launch train_text2img.py {shlex.join(words)}"
+def _settings(run: Path) -> dict:
+    """The run's; the frozen parts it stood on are those that are shipped with it."""
+    saved = read_config(str(run / "train_config.yaml"))
+    return saved | {"pretrained_model_name_or_path": packaged_checkpoint()}
 
 
 def _metrics(run: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from safetensors.torch import load, load_file
 
 import kill_stress
 from conftest import _HUB
-from hub_server import USER
+from hub_server import TOKEN, USER
 from latentdiff import background_push
 from latentdiff.cli_errors import run_training
 from latentdiff.config import ConfigError, TrainConfig
@@ -532,8 +532,10 @@ def test_pushed_is_the_model_and_not_the_run(hub, train, tiny_pipeline_folder):
     )
     assert "validation/step-0000004.png" in pushed
     assert not [path for path in pushed if path.startswith(("checkpoint-", ".tmp-", "logs/"))]
-    loaded_from = str(tiny_pipeline_folder).encode()
-    assert not [path for path in pushed if path.endswith(".json") and loaded_from in hub.files(f"{USER}/cats")[path]]
+    paths = [str(tiny_pipeline_folder).encode(), str(run.parent).encode()]
+    for path, content in hub.files(f"{USER}/cats").items():
+        assert TOKEN.encode() not in content and not any(place in content for place in paths), path
+    assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     card = hub.files(f"{USER}/cats")["README.md"].decode()
     assert "validation/step-0000004.png" in card and f'from_pretrained("{USER}/cats")' in card
 
