@@ -3,8 +3,13 @@
 import hashlib
 import inspect
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import diffusers
 import torch
@@ -14,6 +19,8 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Text reaches the UNet twice: by cross-attention, and pooled into the time embedding (addition_embed_type="text"),
 # which makes a small UNet follow words long before cross-attention alone does. Attention stands at the middle grid
@@ -101,13 +108,35 @@ def _variant_of(path: str, name: str) -> str | None:
 
 
 def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_or_path"):
+    """From safetensors, or of an old model that has none, from what torch reads without running any code."""
+    folder = Path(path) / options["subfolder"]
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        logger.warning("%s holds no safetensors: its pickled weights are read with weights_only=True", folder)
+        options = options | {"use_safetensors": False}
     try:
-        return kind.from_pretrained(path, **options)
+        with _only_weights_unpickled():
+            return kind.from_pretrained(path, **options)
+    except UnpicklingError as error:
+        raise ConfigError(
+            f"{setting}: no {options['subfolder']} could be loaded from {path!r} (its pickle holds more than weights)"
+        ) from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0][:300]
+        first_line = (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
         raise ConfigError(
             f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
         ) from error
+
+
+@contextmanager
+def _only_weights_unpickled() -> Iterator[None]:
+    """torch.load refuses to run code in this block, whatever a library or the environment asks of it."""
+    kept = {name: os.environ.pop(name, None) for name in ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",)}
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def build_unet(

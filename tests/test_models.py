@@ -68,6 +68,48 @@ def test_a_part_that_cannot_be_loaded_is_named(tiny_pipeline_folder, tmp_path, n
     assert len(str(refused.value).splitlines()) == 1
 
 
+def pickled(folder, name: str, content) -> None:
+    """Put pickled weights in the place of a part's safetensors."""
+    for path in folder.glob(f"{name}/*.safetensors"):
+        path.unlink()
+    file = "pytorch_model.bin" if name == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(content, folder / name / file)
+
+
+def test_an_old_model_of_pickled_weights_loads_with_a_warning(tiny_pipeline_folder, tmp_path, caplog):
+    """Many Stable Diffusion folders of the first years hold nothing else."""
+    folder = shutil.copytree(tiny_pipeline_folder, tmp_path / "model")
+    for name in ("vae", "text_encoder", "unet"):
+        pickled(folder, name, tiny_components()[name].state_dict())
+    loaded = load_frozen(str(folder))
+    assert fingerprint(loaded.vae) == fingerprint(tiny_components()["vae"])
+    assert fingerprint(loaded.text_encoder) == fingerprint(tiny_components()["text_encoder"])
+    assert fingerprint(load_unet(str(folder))) == fingerprint(tiny_components()["unet"])
+    warned = [record for record in caplog.records if "weights_only=True" in record.message]
+    assert len(warned) == len(caplog.records) == 3
+
+
+class Harmful:
+    """What it does when it is unpickled is to leave a file."""
+
+    def __init__(self, trace):
+        self._trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self._trace), "w"))
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "unet"])
+def test_a_pickle_that_runs_code_is_refused(tiny_pipeline_folder, tmp_path, monkeypatch, name):
+    """A model from the net would run its program on the machine that trains it. Nor may the environment allow it."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder, trace = shutil.copytree(tiny_pipeline_folder, tmp_path / "model"), tmp_path / "trace"
+    pickled(folder, name, {**tiny_components()[name].state_dict(), "more": Harmful(trace)})
+    with pytest.raises(ConfigError, match=f"no {name} could be loaded") as refused:
+        load_unet(str(folder)) if name == "unet" else load_frozen(str(folder))
+    assert not trace.exists() and len(str(refused.value).splitlines()) == 1
+
+
 def test_no_model_at_all():
     with pytest.raises(ConfigError, match="'/no/such/model'"):
         load_frozen("/no/such/model")
