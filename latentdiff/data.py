@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from . import emoji
 from .config import ConfigError, TrainConfig
 from .random_streams import fraction
-from .sources import Row, open_source
+from .sources import FORMATS, Row, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class OwnPictures:
     def _decode(self, number: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(self._source.open(number)) as image:
+            with Image.open(self._source.open(number), formats=FORMATS) as image:
                 return upright_rgb(image)
 
     def _problem(self, number: int, row: Row) -> str | None:

@@ -16,6 +16,11 @@ from PIL import Image
 
 from .config import ConfigError, TrainConfig
 
+# Pictures of pixels, whatever a file calls itself. Not EPS, which Pillow would hand to Ghostscript to run.
+_PIXELS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+Image.init()  # Pillow registers most of its formats only when it is asked to
+FORMATS = tuple(kind for kind in _PIXELS if kind in Image.OPEN)  # MPO is opened as JPEG
+
 
 @dataclass(frozen=True)
 class Row:
@@ -117,7 +122,7 @@ def _metadata_files(folder: Path) -> Iterator[Path]:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _PIXELS}
     return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
 
 

@@ -283,6 +283,7 @@ def hostile_folder(folder) -> tuple[dict[str, tuple[int, int, int]], dict[str, s
     add("progressive.jpg", plain, "JPEG", progressive=True)
     add("animated.gif", plain, "GIF", save_all=True, append_images=[Image.new("RGB", (24, 16), (0, 255, 0))])
     add("animated.png", plain, "PNG", save_all=True, append_images=[Image.new("RGB", (24, 16), (0, 255, 0))])
+    add("two views.mpo", plain, "MPO", save_all=True, append_images=[plain])  # what telephones call a JPEG
     add("one pixel.png", Image.new("RGB", (1, 1), red), "PNG")
     add("long.png", Image.new("RGB", (4000, 1), red), "PNG")
     add("tall.png", Image.new("RGB", (1, 4000), red), "PNG")
@@ -309,6 +310,7 @@ def hostile_folder(folder) -> tuple[dict[str, tuple[int, int, int]], dict[str, s
     spoil("svg.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     spoil("pdf.jpg", b"%PDF-1.4\n")
     spoil("sound.webp", b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    spoil("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) (w) file closefile\n%%EOF\n")
     spoil("archive.png", b"PK\x03\x04" + bytes(200))
     spoil("no frames.gif", b"GIF89a\x08\x00\x08\x00\x00\x00\x00;")
     spoil("cut.tiff", (folder / "plain.tiff").read_bytes()[:60])
