@@ -248,7 +248,7 @@ def test_learning_rate_in_closed_form():
         rate = learning_rate_at(config, total)
         return pytest.approx([rate(step) for step in steps])
 
-    assert rates("constant", (0, 5, 9)) == [2, 2, 2]
+    assert rates("constant", (0, 5, 9), warmup=TrainConfig.lr_warmup_steps) == [2, 2, 2]
     assert rates("constant_with_warmup", (0, 1, 3, 4, 9)) == [0.5, 1, 2, 2, 2]
     assert rates("linear", (0, 3, 4, 7, 9)) == [0.5, 2, 2, 1, 2 / 6]
     assert rates("cosine", (0, 3, 4, 7)) == [0.5, 2, 2, 1]
@@ -461,7 +461,8 @@ def test_lora_trains_resumes_and_loads_in_diffusers(train, settings, tmp_path):
     train(output_dir=str(tmp_path / "half"), **{**changes, "max_train_steps": 2})
     half = train(output_dir=str(tmp_path / "half"), resume_from_checkpoint="latest", **changes)
     for part in ("", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
-        assert (half / part / file).read_bytes() == (whole / part / file).read_bytes()
+        one, other = load_file(half / part / file), load_file(whole / part / file)  # the header's order may differ
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert losses(half) == losses(whole)
 
     pipeline = StableDiffusionPipeline.from_pretrained(settings["pretrained_model_name_or_path"])
