@@ -275,7 +275,7 @@ def _check_ranges(config: TrainConfig) -> None:
 PRESETS: dict[str, dict] = {
     "emoji64": {"learning_rate": 8e-4, "snr_gamma": 0.02, "adam_epsilon": 1e-10},
     "demo": {
-        "unet": "tiny", "max_train_samples": 96, "max_train_steps": 500, "lr_warmup_steps": 50,
+        "unet": "tiny", "max_train_samples": 20, "max_train_steps": 500, "lr_warmup_steps": 50,
         "checkpointing_steps": 500, "validation_steps": 250, "output_dir": "demo-output/run", "report_to": "none",
         "ema_decay": 0.99, "learning_rate": 1e-3, "snr_gamma": 0.02, "adam_epsilon": 1e-10,
     },
