@@ -22,6 +22,14 @@ from .models import FrozenParts
 from .scheduling_ddpm import DDPMScheduler
 
 
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the disk has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 class BackgroundPush:
     """One push at a time; a checkpoint that comes while another is still on its way is not pushed.
 
@@ -51,8 +59,8 @@ class BackgroundPush:
             return
         averaged = checkpoint / "unet_ema"
         shutil.rmtree(self._weights, ignore_errors=True)
-        # Links: the checkpoint may be removed before the push is through.
-        shutil.copytree(averaged if averaged.is_dir() else checkpoint / "unet", self._weights, copy_function=os.link)
+        # The checkpoint may be removed before the push is through.
+        shutil.copytree(averaged if averaged.is_dir() else checkpoint / "unet", self._weights, copy_function=_link)
         self._thread = threading.Thread(target=self._push, args=(step,), daemon=True)
         self._thread.start()
 

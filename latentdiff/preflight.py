@@ -12,17 +12,25 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .data import CaptionedPictures
 from .latents import encode_moments, to_pixels
 from .models import FrozenParts, hide_loading_bars
-from .training import Data, load_data, load_networks, make_accelerator, make_optimizer, optimizer_steps, training_loss
+from .training import (
+    Data,
+    load_data,
+    load_networks,
+    make_accelerator,
+    make_optimizer,
+    make_output_dir,
+    optimizer_steps,
+    training_loss,
+)
 
 CAPTIONS_LOOKED_AT = 20_000
 PICTURES_LOOKED_AT = 32
@@ -48,10 +56,7 @@ def check(config: TrainConfig, say: Callable[[str], None] = print) -> bool:
     Raises:
         ConfigError: the run could not start.
     """
-    try:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # for rejected.jsonl, and to see its disk
-    except OSError as error:
-        raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({error.strerror})") from None
+    make_output_dir(config)  # for rejected.jsonl, and to see its disk
     hide_loading_bars()
     accelerator = make_accelerator(replace(config, report_to="none"))
     parts, unet, scheduler = load_networks(config)

@@ -39,13 +39,23 @@ def start(config: TrainConfig) -> tuple[Accelerator, Path]:
         ConfigError: the folder cannot be written, or the tracker is unknown.
     """
     hide_loading_bars()
+    output_dir = make_output_dir(config, lambda folder: config.save(folder / "train_config.yaml"))
+    return make_accelerator(config), output_dir
+
+
+def make_output_dir(config: TrainConfig, write: Callable[[Path], None] = lambda folder: None) -> Path:
+    """The output folder, created if need be, with what `write` puts into it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(output_dir / "train_config.yaml")
+        write(output_dir)
     except OSError as error:
         raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({error.strerror})") from None
-    return make_accelerator(config), output_dir
+    return output_dir
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -1,5 +1,6 @@
 """What the tests share: no network, a Hub on the loopback address, a tiny Stable Diffusion folder of random weights."""
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -103,6 +104,16 @@ def tiny_components(seed: int = 0) -> dict:
         "unet": unet.eval(),
         "scheduler": scheduler,
     }
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The entry script as a module."""
+    path = Path(__file__).resolve().parent.parent / "train_text2img.py"
+    spec = importlib.util.spec_from_file_location("train_text2img", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

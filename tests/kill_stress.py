@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from hub_server import TOKEN
+
 SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
 STEPS = 24
 
@@ -99,7 +101,7 @@ def start(output: Path, model: Path, pictures: Path, repo: str) -> subprocess.Po
     }  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with open(f"{output}.log", "a") as log:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_a_token_that_may_write"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
         environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, SCRIPT, *flags, "--random_flip", "--push_to_hub"],

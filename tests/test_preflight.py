@@ -101,13 +101,7 @@ def test_a_vae_that_overflows_in_fp16_is_named(settings, tiny_pipeline_folder, t
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_ema": False}, {"lora_rank": 4}])
-def test_the_size_of_a_checkpoint_is_what_one_takes(settings, tmp_path, changes):
-    import importlib.util
-
-    path = Path(preflight.__file__).resolve().parent.parent / "train_text2img.py"
-    spec = importlib.util.spec_from_file_location("train_text2img", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_size_of_a_checkpoint_is_what_one_takes(script, settings, tmp_path, changes):
     config = TrainConfig(**{**settings, **changes, "max_train_steps": 1, "checkpointing_steps": 1,
                             "validation_prompts": (), "report_to": "none"})  # fmt: skip
     script.main(config)

@@ -1,6 +1,6 @@
 """The training script from end to end, at toy size: what it draws, saves, resumes, publishes and refuses."""
 
-import importlib.util
+import errno
 import json
 import os
 import shutil
@@ -32,7 +32,7 @@ from latentdiff.models import fingerprint, load_frozen, load_unet
 from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
 from test_data import hostile_folder
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
+SCRIPT = kill_stress.SCRIPT
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +47,6 @@ def reset_accelerate() -> None:
     """accelerate keeps its state between accelerators of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_text2img", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_pictures(folder: Path, count: int) -> Path:
@@ -589,6 +581,18 @@ def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monk
             (tmp_path / "third" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "third" / name).write_bytes(content)
         assert draws(tmp_path / "third").shape == (16, 16, 3)
+
+
+def test_a_disk_without_links_is_no_reason_to_end_a_run(tmp_path, monkeypatch):
+    """On some file systems a file has only one name; the push would end the training with an OSError."""
+    (tmp_path / "weights").write_text("w")
+
+    def refused(*names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(background_push.os, "link", refused)
+    background_push._link(str(tmp_path / "weights"), str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_text() == "w"
 
 
 def test_a_run_that_may_not_push_says_so_before_it_trains(hub, train, tmp_path, monkeypatch):
