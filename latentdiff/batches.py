@@ -3,9 +3,11 @@ global sample index, so it is the same on any number of processes and after any 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from . import random_streams
+from .buckets import BucketOrder
 from .data import CaptionedPictures
 from .guidance import dropped_captions
 from .latent_cache import HiddenStates, Moments
@@ -26,7 +28,7 @@ class Batches:
     """The training data in its drawn order.
 
     Args:
-        pictures: rows, repeats and which rows are held out.
+        pictures: rows, their sizes and repeats, and which are held out.
         moments, hidden_states: the frozen networks' results.
         vae_config: `vae.config`, for the latents' scale.
         num_train_timesteps: T of the noise schedule.
@@ -59,20 +61,21 @@ class Batches:
         self._seed, self._caption_dropout, self._random_flip = seed, caption_dropout, random_flip
         self._micro_batch, self._processes, self._process = micro_batch, processes, process
         self._noise_offset, self._device = noise_offset, device
-        self._picture_count, self.name = len(pictures.captions), pictures.name
-        trained = [row for row, held_out in enumerate(pictures.held_out) if not held_out]
-        self._epoch = [row for row in trained for _ in range(pictures.repeats[row])]
+        self._caption_counts, self._crops, self.name = pictures.caption_counts, pictures.crops, pictures.name
         self.global_batch = micro_batch * accumulation * processes
+        trained = np.flatnonzero(~pictures.held_out).astype(np.int32)
+        epoch = np.repeat(trained, pictures.repeats[trained])
+        buckets = [epoch[pictures.size_of[epoch] == size] for size in range(len(pictures.sizes))]
+        self._order = BucketOrder(buckets, self.global_batch, seed)
 
     @property
     def epoch_length(self) -> int:
         """Samples in an epoch, repeats counted."""
-        return len(self._epoch)
+        return self._order.epoch_length
 
     def rows_at(self, step: int) -> list[int]:
         """The rows of the data that make up optimizer step `step` on all processes together."""
-        order = random_streams.data_order(self._seed, step * self.global_batch, self.global_batch, len(self._epoch))
-        return [self._epoch[i] for i in order.tolist()]
+        return self._order.rows(step)
 
     def at(self, step: int, micro_step: int = 0) -> Batch:
         """This process's share of micro-batch `micro_step` of optimizer step `step`, both counted from 0."""
@@ -81,29 +84,29 @@ class Batches:
         mine = slice(first, first + self._micro_batch)
         rows = self.rows_at(step)[mine]
 
-        flipped = (self._uniform("flip", step)[mine] < 0.5) & self._random_flip
-        variants = [row + self._picture_count * flip for row, flip in zip(rows, flipped.tolist(), strict=True)]
-        mean, std = (moment.to(self._device) for moment in self._moments(variants))
+        flips = ((self._uniform("flip", step)[mine] < 0.5) & self._random_flip).tolist()
+        crops = (self._uniform("crop", step)[mine] * self._crops).int().tolist()
+        mean, std = (moment.to(self._device) for moment in self._moments(rows, crops, flips))
         shape = (whole, *mean.shape[1:])
         latents = sample_latents(self._vae_config, mean, std, self._normal("posterior", step, shape)[mine])
 
         timesteps = torch.randint(
             self._num_train_timesteps, (whole,), generator=self._generator("timesteps", step, "cpu")
         )[mine]
-        captions = self._draw_captions(rows, step, mine)
+        choices = self._draw_captions(rows, step, mine)
         return Batch(
             latents=latents,
             noise=self._noise(step, shape)[mine],
             timesteps=timesteps.to(self._device),
-            encoder_hidden_states=self._hidden_states(captions).to(self._device),
+            encoder_hidden_states=self._hidden_states(rows, choices).to(self._device),
         )
 
     def _draw_captions(self, rows: list[int], step: int, mine: slice) -> list[int]:
-        """Numbers of the captions, 0 (the empty one) where it is dropped."""
+        """For each row the number of one of its captions, -1 (the empty one) where it is dropped."""
         choice = self._uniform("caption", step)[mine].tolist()
         dropped = dropped_captions(self._seed, step, self.global_batch, self._caption_dropout)[mine].tolist()
-        ids = [self._hidden_states.ids[row] for row in rows]
-        return [0 if drop else said[int(u * len(said))] for said, u, drop in zip(ids, choice, dropped, strict=True)]
+        counts = self._caption_counts[rows].tolist()
+        return [-1 if drop else int(u * count) for count, u, drop in zip(counts, choice, dropped, strict=True)]
 
     def _noise(self, step: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal, and with `noise_offset` one more draw for each whole channel of a picture."""

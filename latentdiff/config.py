@@ -76,15 +76,24 @@ class TrainConfig:
     resolution: int | None = None
     """Side of the square pictures in pixels; by default what the UNet and the VAE are made for."""
     center_crop: bool = True
-    """Crop the middle after resizing the shorter side; else stretch the picture to the square."""
+    """Crop what does not fit after resizing the shorter side; else stretch the picture."""
+    crops_per_picture: int = 1
+    """How many crops of each picture are encoded, at places drawn once, of which one is drawn each time; 1 is the
+    middle."""
     random_flip: bool = False
     """Mirror pictures at random."""
+    aspect_ratio_buckets: bool = False
+    """Keep about the shape of each picture, up to 2:1, instead of making it a square: the area of the square is kept,
+    and the pictures of a step are of one shape."""
     held_out_fraction: float = 0.0
     """Share of one's own pictures kept from training to measure the held-out loss; the emoji have a fixed split."""
     cache_dir: str | None = None
-    """Where latents and hidden states are kept; by default latentdiff's cache folder."""
+    """Where latents and hidden states are kept, for any number of runs; by default latentdiff's cache folder."""
     cache_latents: bool = True
     """Run the frozen networks once, before training; off: in every step (slower, the same losses)."""
+    cache_text: Literal["auto", "always", "never"] = "auto"
+    """Whether captions are encoded once, too, or in each step: "auto" keeps their hidden states where these are smaller
+    than the latents or than 2 GiB."""
 
     # ---- objective
     caption_dropout: float = 0.1
@@ -185,6 +194,13 @@ class TrainConfig:
             raise ConfigError(f"train_data_dir: {self.train_data_dir!r} is no folder")
         if self.uses_emoji and self.held_out_fraction:
             raise ConfigError("held_out_fraction: is for one's own pictures; the embedded emoji have a fixed split")
+        for name in ("aspect_ratio_buckets", "crops_per_picture"):
+            if self.uses_emoji and getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(f"{name}: is for one's own pictures; the embedded emoji are all square")
+        if self.crops_per_picture > 1 and not self.center_crop:
+            raise ConfigError("crops_per_picture: has no effect on pictures that are stretched (--no-center_crop)")
+        if self.cache_text == "always" and not self.cache_latents:
+            raise ConfigError("cache_text: 'always' contradicts --no-cache_latents, which keeps nothing on disk")
         betas = (self.beta_start, self.beta_end)
         if self.beta_schedule == "squaredcos_cap_v2" and betas != (TrainConfig.beta_start, TrainConfig.beta_end):
             raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
@@ -249,7 +265,7 @@ def _is_a(value, kind) -> bool:
 
 def _check_ranges(config: TrainConfig) -> None:
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                 "validation_steps", "logging_steps", "validation_inference_steps"):  # fmt: skip
+                 "validation_steps", "logging_steps", "validation_inference_steps", "crops_per_picture"):  # fmt: skip
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
     for name in ("caption_dropout", "held_out_fraction", "max_rejected_fraction"):

@@ -1,25 +1,29 @@
-"""Pictures with captions, decoded, checked and brought to one size; every bad file is named and none ends the run.
+"""Pictures with captions as the cache and the training loop see them: the embedded emoji, or pictures of one's own.
 
-A data set here is three things: rows, each with captions; `image(row)`, an RGB picture of the final size; and how often
-a row stands in an epoch. The embedded emoji and pictures of one's own look the same from here on.
+A data set here is rows, each with captions; how often a row stands in an epoch; `image(row)`, an RGB picture of the
+final size; and a digest that says what that picture follows from.
 """
 
+import hashlib
+import io
 import json
-import logging
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import mmap
+import os
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
 from . import emoji
-from .config import ConfigError, TrainConfig
+from .config import RunStopped, TrainConfig
+from .images import crop_box, open_upright, resized
 from .random_streams import fraction
-from .sources import FORMATS, Row, open_source
-
-logger = logging.getLogger(__name__)
+from .sources import Source
+from .survey import PICTURES
 
 
 class CaptionedPictures(Protocol):
@@ -27,13 +31,24 @@ class CaptionedPictures(Protocol):
 
     captions: Sequence[Sequence[str]]
     """For each row the captions of which one is drawn each time."""
-    repeats: Sequence[int]
+    caption_counts: np.ndarray
+    """How many those are."""
+    repeats: np.ndarray
     """How often each row stands in an epoch."""
-    held_out: Sequence[bool]
+    held_out: np.ndarray
     """Rows that are never trained on."""
+    sizes: Sequence[tuple[int, int]]
+    """Widths and heights that the pictures come in; those of one batch are of one size."""
+    size_of: np.ndarray
+    """For each row which of the sizes it has."""
+    crops: int
+    """How many crops there are of each picture."""
 
-    def image(self, row: int) -> Image.Image:
-        """The row's picture, RGB, of the final size."""
+    def image(self, row: int, crop: int = 0) -> Image.Image:
+        """The row's picture, RGB, of its size. Any thread may ask."""
+
+    def digests(self) -> Iterator[bytes]:
+        """What each picture follows from, row by row and in a row crop by crop."""
 
     def name(self, row: int) -> str:
         """What to call the row's picture in a message."""
@@ -56,27 +71,32 @@ class EmojiPictures:
     def __init__(self, max_train_samples: int | None = None, captions_on_white: int = 8, captions_on_colour: int = 2):
         self._set = emoji.load()
         self._rows: list[tuple[int, str]] = []
-        self.captions, self.repeats, self.held_out = [], [], []
+        self.captions: list[list[str]] = []
+        self.sizes, self.crops = [(emoji.RESOLUTION, emoji.RESOLUTION)], 1
         for index in self._set.indices()[:max_train_samples]:
             concept, style = self._set.rows[index]
             for colour in emoji.BACKGROUNDS:
                 if not concept.pair_held_out(colour):
-                    on_white = colour == "white"
-                    count = captions_on_white if on_white else captions_on_colour
-                    said = emoji.training_captions(concept, style, colour, count)
-                    self._add(index, colour, said, repeats=6 if on_white else 1)
+                    count = captions_on_white if colour == "white" else captions_on_colour
+                    self._rows.append((index, colour))
+                    self.captions.append(emoji.training_captions(concept, style, colour, count))
+        trained = len(self._rows)
         for index in self._set.indices(held_out=True):
-            self._add(index, "white", emoji.captions(*self._set.rows[index])[1:2], repeats=1, held_out=True)
+            self._rows.append((index, "white"))
+            self.captions.append(emoji.captions(*self._set.rows[index])[1:2])
+        self.caption_counts = np.array([len(said) for said in self.captions])
+        self.held_out = np.arange(len(self._rows)) >= trained
+        on_white = np.array([colour == "white" for _, colour in self._rows])
+        self.repeats = np.where(on_white & ~self.held_out, 6, 1)
+        self.size_of = np.zeros(len(self._rows), np.int8)
 
-    def _add(self, index: int, colour: str, captions: list[str], repeats: int, held_out: bool = False) -> None:
-        self._rows.append((index, colour))
-        self.captions.append(captions)
-        self.repeats.append(repeats)
-        self.held_out.append(held_out)
-
-    def image(self, row: int) -> Image.Image:
+    def image(self, row: int, crop: int = 0) -> Image.Image:
         """64x64 RGB."""
         return self._set.composite(*self._rows[row])
+
+    def digests(self) -> Iterator[bytes]:
+        """SHA-256 of the pixels."""
+        return (hashlib.sha256(self.image(row).tobytes()).digest() for row in range(len(self._rows)))
 
     def name(self, row: int) -> str:
         """Emoji, style and background."""
@@ -88,115 +108,102 @@ class EmojiPictures:
 # -------------------------------------------------------------------------------------- pictures of one's own
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A picture that cannot be used, and why."""
-
-    file: str
-    reason: str
-
-
 class OwnPictures:
-    """A folder of captioned pictures, or a data set that `datasets` reads.
+    """The pictures that `survey` listed, cropped and resized. The list stays on disk: memory hardly grows with it.
 
     Args:
-        config: names the data, its columns and the transform.
-        resolution: side of the pictures in pixels.
-
-    Raises:
-        ConfigError: the data or a column is not there, or more than `max_rejected_fraction` of the pictures cannot be
-            used; they are listed in `rejected.jsonl` in the output folder either way.
+        config: names the output folder with the list, and says how pictures are cropped.
+        source: opens the pictures' files.
+        sizes: widths and heights to bring the pictures to; each takes the one nearest to its own shape.
 
     Attributes:
-        enlarged: how many are smaller than the resolution.
+        enlarged: how many are smaller than their size.
     """
 
-    def __init__(self, config: TrainConfig, resolution: int):
-        self._config, self._resolution = config, resolution
-        self._source = open_source(config)
-        self._rows, self._names, self.captions, self.held_out, self.enlarged = [], [], [], [], 0
-        rejected = []
-        count = min(len(self._source), config.max_train_samples or len(self._source))
-        for number in range(count):
-            row = self._source.row(number)
-            if problem := self._problem(number, row):
-                rejected.append(Rejected(row.name, problem))
-                continue
-            self._rows.append(number)
-            self._names.append(row.name)
-            self.captions.append(row.captions)
-            self.held_out.append(fraction("held out", row.name) < config.held_out_fraction)
-        self.repeats = [1] * len(self._rows)
-        _report(rejected, count, config)
-        if all(self.held_out):
-            raise ConfigError(
-                f"no picture is left to train on: {count} read, {len(rejected)} rejected, the rest held out"
-            )
+    def __init__(self, config: TrainConfig, source: Source, sizes: Sequence[tuple[int, int]]):
+        self._source, self._stretch, self.crops = source, not config.center_crop, config.crops_per_picture
+        self._list = open(Path(config.output_dir) / PICTURES, "rb")  # noqa: SIM115 - kept open
+        self.sizes, self.enlarged = list(sizes), 0
+        shapes = np.log([width / height for width, height in sizes])
+        starts, counts, held_out, size_of = array("q"), array("I"), array("b"), array("b")
+        for start, line in self._lines():
+            (width, height) = line["size"]
+            nearest = int(np.abs(shapes - math.log(width / height)).argmin())
+            self.enlarged += width < sizes[nearest][0] or height < sizes[nearest][1]
+            starts.append(start)
+            counts.append(len(line["captions"]))
+            held_out.append(line["held_out"])
+            size_of.append(nearest)
+        # The smallest integers that hold them: of a million rows each byte is a megabyte.
+        self._starts, self.caption_counts = (
+            np.array(column, np.min_scalar_type(max(column))) for column in (starts, counts)
+        )
+        self.held_out, self.size_of = np.array(held_out, bool), np.array(size_of)
+        self.repeats = np.ones(len(starts), np.int8)
+        self.captions = _Captions(self)
 
-    def image(self, row: int) -> Image.Image:
-        """(resolution, resolution) RGB."""
-        return fit(self._decode(self._rows[row]), self._resolution, self._config.center_crop)
+    def image(self, row: int, crop: int = 0) -> Image.Image:
+        """RGB, of the row's size.
+
+        Raises:
+            RunStopped: its file is not what it was when the run started.
+        """
+        line = self.line(row)
+        try:
+            file = self._source.open(line["place"])
+            content = file.read_bytes() if isinstance(file, Path) else file.read()
+        except (OSError, ValueError) as error:
+            raise RunStopped(f"{line['name']} can no longer be read ({error})") from error
+        if hashlib.sha256(content).hexdigest() != line["sha256"]:
+            raise RunStopped(f"{line['name']} has changed since the run started; start it again")
+        size = self.sizes[self.size_of[row]]
+        return resized(open_upright(io.BytesIO(content)), size, self._box(line, size, crop))
+
+    def digests(self) -> Iterator[bytes]:
+        """SHA-256 of the file's, the size and the part of the picture that is taken."""
+        for row, (_, line) in enumerate(self._lines()):
+            size = self.sizes[self.size_of[row]]
+            for crop in range(self.crops):
+                box = ",".join(f"{edge:.3f}" for edge in self._box(line, size, crop))
+                yield hashlib.sha256(f"{line['sha256']} {box} to {size} lanczos".encode()).digest()
 
     def name(self, row: int) -> str:
         """The file in the folder, or the row's number in a data set without files."""
-        return self._names[row]
+        return self.line(row)["name"]
 
-    def _decode(self, number: int) -> Image.Image:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(self._source.open(number), formats=FORMATS) as image:
-                return upright_rgb(image)
+    def line(self, row: int) -> dict:
+        """The row as the list has it."""
+        start, last = int(self._starts[row]), row + 1 == len(self._starts)
+        end = os.fstat(self._list.fileno()).st_size if last else int(self._starts[row + 1])
+        return json.loads(os.pread(self._list.fileno(), end - start, start))
 
-    def _problem(self, number: int, row: Row) -> str | None:
-        if row.problem:
-            return row.problem
-        if not row.captions:
-            return "its caption is missing"
-        try:
-            self.enlarged += min(self._decode(number).size) < self._resolution
-        except Exception as error:  # Pillow raises many kinds for a broken file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return f"it cannot be read as a picture ({reason})"
-        return None
+    def _lines(self) -> Iterator[tuple[int, dict]]:
+        """All lines with where they start."""
+        with mmap.mmap(self._list.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+            start = 0
+            for line in iter(lines.readline, b""):
+                yield start, json.loads(line)
+                start += len(line)
 
-
-def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
-    path = Path(config.output_dir) / "rejected.jsonl"
-    if not rejected:
-        path.unlink(missing_ok=True)  # an earlier run's
-        return
-    lines = "".join(json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejected)
-    path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a file's name need not be text
-    first = f"{rejected[0].file}: {rejected[0].reason}"
-    if len(rejected) > config.max_rejected_fraction * count:
-        raise ConfigError(
-            f"{len(rejected)} of {count} pictures cannot be used, more than max_rejected_fraction = "
-            f"{config.max_rejected_fraction}; the first is {first}; all are in {path}"
-        )
-    logger.warning("%d of %d pictures are left out; the first is %s; all are in %s", len(rejected), count, first, path)
+    def _box(self, line: dict, size: tuple[int, int], crop: int) -> tuple[float, float, float, float]:
+        if self._stretch:
+            return (0, 0, *line["size"])
+        if self.crops == 1:
+            return crop_box(line["size"], size)
+        return crop_box(line["size"], size, tuple(fraction("crop", line["sha256"], str(crop), axis) for axis in "xy"))
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white.
+class _Captions(Sequence):
+    """For each row its captions, read when they are asked for."""
 
-    Raises:
-        ValueError: its shades are floating-point numbers, of which none is known to be white.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its shades are floating-point numbers; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image.info.pop("transparency", None)  # a shade of 16 bits, which Pillow cannot apply
-        image = image.point(lambda value: value / 256).convert("L")
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    def __init__(self, pictures: OwnPictures):
+        self._pictures = pictures
 
+    def __len__(self) -> int:
+        return len(self._pictures.caption_counts)
 
-def fit(image: Image.Image, resolution: int, center_crop: bool = True) -> Image.Image:
-    """A square of `resolution` pixels: the middle, after resizing the shorter side, or the whole picture stretched."""
-    size = (resolution, resolution)
-    if center_crop:
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    def __getitem__(self, row: int) -> list[str]:
+        return self._pictures.line(row)["captions"]
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return (line["captions"] for _, line in self._pictures._lines())

@@ -39,7 +39,7 @@ def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMS
 
 
 # What a run leaves in its folder beside the model, and what names files of the machine it ran on.
-NOT_PUSHED = ("checkpoint-*/*", ".tmp-*", "logs/*", "rejected.jsonl", "train_config.yaml")
+NOT_PUSHED = ("checkpoint-*/*", ".tmp-*", "logs/*", "*pictures.jsonl*", "rejected.jsonl", "train_config.yaml")
 
 
 def finish(

@@ -1,172 +1,173 @@
 """The frozen networks run once: the VAE's raw posterior mean and std, and captions' hidden states, on disk.
 
-A cache is a folder of safetensors shards named by what its contents depend on: the pixels of the pictures after the
-transform and the VAE's weights, or the captions, the tokenizer and the text encoder's weights. Nothing else is in the
-name, so a new learning rate encodes nothing again, and a new resolution cannot be missed. `manifest.json` is written
-last; a folder without it is not a cache yet and is built anew.
+An entry stands under a digest of what it follows from: the bytes of a picture's file and the part of it that is taken,
+or a caption's text; and the folder it stands in is named by the network: its weights, its dtype and those of its
+settings that count. So a new picture is one new entry, a new learning rate none, and a new VAE cannot be missed.
 """
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from diffusers import AutoencoderKL
 
 from .data import CaptionedPictures
+from .entry_store import ENCODE_BATCH, EntryStore, as_keys, key_of
 from .latents import encode_moments, to_pixels
 from .models import FrozenParts, encode_prompt, fingerprint
 
-SHARD_ROWS = 4096
-# Everything is encoded in batches of exactly this many, the last one filled up: floating-point sums may differ with the
-# size of a batch, and a row must come out the same to the last bit wherever it is encoded.
-ENCODE_BATCH = 16
-
-Encode = Callable[[Sequence[int]], dict[str, torch.Tensor]]
-
 
 class Moments:
-    """Raw posterior moments of every picture, and of its mirror image where flips are wanted.
-
-    Rows 0 .. n-1 are the pictures, rows n .. 2n-1 their mirror images.
+    """Raw posterior moments of every crop of every picture, and of its mirror image where flips are wanted.
 
     Args:
         pictures: the data.
-        parts: the frozen networks; only the VAE is used, on the device it is on.
+        vae: on the device it is to encode on.
         random_flip: whether the mirror images will be asked for.
         folder: where caches live; None encodes anew at each call.
+
+    Attributes:
+        bytes: what all of them take on the disk; 0 without a cache.
     """
 
-    def __init__(self, pictures: CaptionedPictures, parts: FrozenParts, random_flip: bool, folder: Path | None):
-        self._pictures, self._vae = pictures, parts.vae
-        count = len(pictures.captions)
-        self.rows = 2 * count if random_flip else count
-        self._read = self._encode if folder is None else None
+    def __init__(self, pictures: CaptionedPictures, vae: AutoencoderKL, random_flip: bool, folder: Path | None):
+        self._pictures, self._vae, self._flips, self.bytes = pictures, vae, 1 + random_flip, 0
+        self._store, self._pool = None, ThreadPoolExecutor()  # Pillow decodes outside Python's lock
         if folder is not None:
-            key = hashlib.sha256(fingerprint(parts.vae).encode())
-            for row in range(count):
-                image = pictures.image(row)
-                key.update(f"{image.size}".encode() + image.tobytes())
-            key.update(f"{self.rows}".encode())
-            self._read = _cached(
-                folder / f"latents-{key.hexdigest()[:32]}", self.rows, self._encode, "encoding pictures"
-            )
+            self._store = EntryStore(folder / f"latents-{_vae_key(vae)}")
+            kinds = np.repeat(pictures.size_of, pictures.crops * self._flips)
+            self._positions = self._store.fill(as_keys(self._keys()), self._encode, "encoding pictures", kinds)
+            self.bytes = self._store.bytes_of(self._positions)
 
-    def __call__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and std of these rows, each (B, C, h, w) float32 on the CPU."""
-        moments = self._read(rows)
+    def __call__(
+        self, rows: Sequence[int], crops: Sequence[int] | None = None, flips: Sequence[bool] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and std of these rows' crops (the first ones by default), mirrored or not; the rows are of one size.
+
+        Returns:
+            Two of (B, C, h, w) float32 on the CPU.
+        """
+        crops, flips = crops or [0] * len(rows), flips or [False] * len(rows)
+        variants = [
+            (row * self._pictures.crops + crop) * self._flips + flip
+            for row, crop, flip in zip(rows, crops, flips, strict=True)
+        ]
+        moments = self._store.read(self._positions[variants]) if self._store else self._encode(variants)
         return moments["mean"], moments["std"]
 
-    def _encode(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        count = len(self._pictures.captions)
+    def _keys(self) -> Iterator[bytes]:
+        for digest in self._pictures.digests():
+            for flip in range(self._flips):
+                yield key_of(digest, "mirrored" if flip else "")
 
+    def _encode(self, variants: Sequence[int]) -> dict[str, torch.Tensor]:
         def encode(batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            pixels = to_pixels([self._pictures.image(row % count) for row in batch])
-            mirrored = torch.tensor([row >= count for row in batch])[:, None, None, None]
+            places = [divmod(variant // self._flips, self._pictures.crops) for variant in batch]
+            pixels = to_pixels(list(self._pool.map(lambda place: self._pictures.image(*place), places)))
+            mirrored = torch.tensor([bool(variant % self._flips) for variant in batch])[:, None, None, None]
             return encode_moments(self._vae, torch.where(mirrored, pixels.flip(-1), pixels))
 
-        mean, std = _in_fixed_batches(encode, rows)
+        mean, std = _in_fixed_batches(encode, variants)
         return {"mean": mean, "std": std}
 
 
 class HiddenStates:
-    """The text encoder's last hidden states of every caption; caption 0 is the empty one, for caption dropout.
+    """The text encoder's last hidden states of captions, encoded anew at each call until `keep`.
 
     Args:
-        captions: for each row of the data its captions.
-        parts: the frozen networks; tokenizer and text encoder are used.
-        folder: where caches live; None encodes anew at each call.
+        pictures: the data.
+        parts: tokenizer and text encoder, on the device it is to encode on.
 
     Attributes:
-        ids: for each row the numbers of its captions among the unique ones.
+        different: how many different captions there are, the empty one included.
+        bytes: what their hidden states take, or would take, on the disk.
     """
 
-    def __init__(self, captions: Sequence[Sequence[str]], parts: FrozenParts, folder: Path | None):
-        self._parts = parts
-        self._unique = list(dict.fromkeys(["", *(caption for row in captions for caption in row)]))
-        number = {caption: i for i, caption in enumerate(self._unique)}
-        self.ids = [[number[caption] for caption in row] for row in captions]
-        self._read = self._encode
-        if folder is not None:
-            words = "\0".join([fingerprint(parts.text_encoder), _rules(parts.tokenizer), *self._unique])
-            key = hashlib.sha256(words.encode()).hexdigest()[:32]
-            self._read = _cached(folder / f"text-{key}", len(self._unique), self._encode, "encoding captions")
+    def __init__(self, pictures: CaptionedPictures, parts: FrozenParts):
+        self._captions, self._parts, self._store = pictures.captions, parts, None
+        ends = np.cumsum([0, *pictures.caption_counts])
+        # Where each row's captions start among all of them; the empty one, for caption dropout, is the last.
+        self._starts = ends.astype(np.min_scalar_type(ends[-1]))
+        self.different = len(np.unique(self._keys()))
+        self.bytes = 4 * self.different * parts.tokenizer.model_max_length * parts.text_encoder.config.hidden_size
 
-    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
-        """(B, L, D) float32 on the CPU."""
-        return self._read(ids)["hidden_states"]
+    def keep(self, folder: Path) -> None:
+        """Encode every caption once, each different one in one entry, and read them from `folder` from now on."""
+        store = EntryStore(folder / f"text-{_text_key(self._parts)}")
+        self._positions = store.fill(self._keys(), self._encode, "encoding captions")
+        self._store = store
 
-    def _encode(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+    @property
+    def kept(self) -> bool:
+        """Whether they are read from the disk."""
+        return self._store is not None
+
+    def __call__(self, rows: Sequence[int], choices: Sequence[int]) -> torch.Tensor:
+        """Of these rows the captions with these numbers, -1 for the empty one -> (B, L, D) float32 on the CPU."""
+        numbers = [
+            int(self._starts[row]) + choice if choice >= 0 else int(self._starts[-1])
+            for row, choice in zip(rows, choices, strict=True)
+        ]
+        states = self._store.read(self._positions[numbers]) if self._store else self._encode(numbers)
+        return states["hidden_states"]
+
+    def _keys(self) -> np.ndarray:
+        return as_keys(key_of(caption) for said in chain(self._captions, [[""]]) for caption in said)
+
+    def _text(self, number: int) -> str:
+        if number == self._starts[-1]:
+            return ""
+        row = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._captions[row][number - int(self._starts[row])]
+
+    def _encode(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         def encode(batch: Sequence[int]) -> tuple[torch.Tensor]:
-            return (encode_prompt(self._parts, [self._unique[i] for i in batch]),)
+            return (encode_prompt(self._parts, [self._text(number) for number in batch]),)
 
-        return {"hidden_states": _in_fixed_batches(encode, ids)[0]}
-
-
-def _rules(tokenizer) -> str:
-    """What decides a caption's tokens; padding and truncation are what the last call left, and set at the next."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-    return json.dumps([rules, tokenizer.model_max_length])
+        return {"hidden_states": _in_fixed_batches(encode, numbers)[0]}
 
 
-def build_in_turn(accelerator: Accelerator, build: Callable[[], object]):
-    """Call `build` on the main process of each machine first, so that the others find its cache on disk."""
-    with accelerator.local_main_process_first():
-        return build()
-
-
-def _in_fixed_batches(encode: Callable, rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def _in_fixed_batches(encode: Callable, numbers: Sequence[int]) -> tuple[torch.Tensor, ...]:
     chunks = []
-    for start in range(0, len(rows), ENCODE_BATCH):
-        batch = list(rows[start : start + ENCODE_BATCH])
+    for start in range(0, len(numbers), ENCODE_BATCH):
+        batch = list(numbers[start : start + ENCODE_BATCH])
         filled = batch + [batch[-1]] * (ENCODE_BATCH - len(batch))
         chunks.append([tensor[: len(batch)].cpu() for tensor in encode(filled)])
     # Contiguous, as what is read from disk: the UNet takes other kernels, and so other last bits, for other strides.
     return tuple(torch.cat(tensors).contiguous() for tensors in zip(*chunks, strict=True))
 
 
-def _cached(folder: Path, count: int, encode: Encode, description: str) -> Encode:
-    """A reader of rows 0 .. count-1 of the cache in `folder`, which is built first where it is not whole."""
-    if not (folder / "manifest.json").exists():
-        _build(folder, count, encode, description)
-    shards = [_open(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-
-    def read(rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        # Copies only the rows asked for: the shards are memory maps.
-        return {name: torch.stack([shards[r // SHARD_ROWS][name][r % SHARD_ROWS] for r in rows]) for name in shards[0]}
-
-    return read
-
-
-def _open(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
+# Settings of a VAE that the way from pixels to raw moments does not depend on, and of a text encoder its hidden states.
+_AFTER_ENCODING = {
+    "up_block_types", "out_channels", "use_post_quant_conv", "force_upcast", "sample_size",
+    "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+}  # fmt: skip
+_NOT_OF_THE_NETWORK = {
+    "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "problem_type",
+    "output_hidden_states", "output_attentions", "return_dict", "projection_dim",
+    "initializer_range", "initializer_factor",
+}  # fmt: skip
 
 
-def _build(folder: Path, count: int, encode: Encode, description: str) -> None:
-    """Encode all rows into shards aside and rename the folder when it is whole."""
-    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with tqdm(total=count, desc=description, unit="row") as bar:
-        for number, start in enumerate(range(0, count, SHARD_ROWS)):
-            pieces = []
-            for first in range(start, min(start + SHARD_ROWS, count), 16 * ENCODE_BATCH):
-                rows = range(first, min(first + 16 * ENCODE_BATCH, start + SHARD_ROWS, count))
-                pieces.append(encode(rows))
-                bar.update(len(rows))
-            shard = {name: torch.cat([piece[name] for piece in pieces]).contiguous() for name in pieces[0]}
-            save_file(shard, aside / f"shard-{number:05d}.safetensors")
-    (aside / "manifest.json").write_text(json.dumps({"rows": count, "shard_rows": SHARD_ROWS}))
-    if not (folder / "manifest.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
-    try:
-        os.replace(aside, folder)
-    except OSError:  # another run built the same cache meanwhile
-        shutil.rmtree(aside)
+def _vae_key(vae: AutoencoderKL) -> str:
+    """The encoder and its settings: another decoder makes no other latents."""
+    weights = (fingerprint(part) for name, part in vae.named_children() if name in ("encoder", "quant_conv"))
+    return key_of(*weights, _settings(dict(vae.config), _AFTER_ENCODING)).hex()
+
+
+def _text_key(parts: FrozenParts) -> str:
+    """The text encoder, its settings, and what decides a caption's tokens."""
+    settings = _settings(parts.text_encoder.config.to_dict(), _NOT_OF_THE_NETWORK)
+    # Padding and truncation are what the last call left, and set at the next.
+    rules = json.loads(parts.tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    rules = json.dumps([rules, parts.tokenizer.model_max_length])
+    return key_of(fingerprint(parts.text_encoder), settings, rules).hex()
+
+
+def _settings(config: dict, without: set[str]) -> str:
+    kept = {name: value for name, value in config.items() if name not in without and not name.startswith("_")}
+    return json.dumps(kept, sort_keys=True, default=str)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -88,7 +89,12 @@ def first_look(config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionMod
     yield Finding(f"pictures: {len(pictures.captions) - held_out:,} to train on, {held_out:,} held out")
     if enlarged := getattr(pictures, "enlarged", 0):
         yield Finding(f"pictures: {enlarged:,} are smaller than the resolution and were enlarged", is_warning=True)
+    if len(pictures.sizes) > 1:
+        counts = zip(pictures.sizes, np.bincount(pictures.size_of, minlength=len(pictures.sizes)), strict=True)
+        yield Finding("buckets: " + ", ".join(f"{w}x{h}: {n:,}" for (w, h), n in counts if n))
     yield _captions(parts.tokenizer, pictures)
+    if config.cache_latents:
+        yield _text(data)
     yield _disk(config, unet)
 
 
@@ -106,6 +112,14 @@ def _captions(tokenizer, pictures: CaptionedPictures) -> Finding:
         f"captions: {len(cut):,} of {len(captions):,} are cut at the tokenizer's {limit} tokens; "
         f"{_short(caption)!r} loses {_short(lost)!r}",
         is_warning=True,
+    )
+
+
+def _text(data: Data) -> Finding:
+    where = "kept on disk" if data.hidden_states.kept else "encoded in each step (--cache_text always keeps them)"
+    return Finding(
+        f"cache: latents of {_bytes(data.moments.bytes)}; hidden states of {data.hidden_states.different:,} captions, "
+        f"{_bytes(data.hidden_states.bytes)}: {where}"
     )
 
 

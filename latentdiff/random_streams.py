@@ -5,13 +5,15 @@ every process takes its rows, so the numbers do not depend on how many processes
 """
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 
 import torch
 
 
 def _digest(*words) -> int:
-    return int.from_bytes(hashlib.sha256("|".join(map(str, words)).encode()).digest()[:8], "big")
+    said = "|".join(map(str, words)).encode("utf-8", "surrogatepass")  # a file's name need not be text
+    return int.from_bytes(hashlib.sha256(said).digest()[:8], "big")
 
 
 def fraction(*words: str) -> float:
@@ -31,11 +33,14 @@ def generator(seed: int, stream: str, *counters: int, device: torch.device | str
     return torch.Generator(device).manual_seed(_digest(seed, stream, *counters) >> 1)
 
 
-def data_order(seed: int, first_sample: int, count: int, dataset_size: int) -> torch.Tensor:
+def data_order(seed: int, first_sample: int, count: int, dataset_size: int, bucket: int = 0) -> torch.Tensor:
     """Which rows of the data the global samples first_sample .. first_sample + count - 1 are.
 
     Every epoch is a permutation of its own; a batch runs over the end of an epoch into the next one, so that every row
     is seen equally often and the position inside an epoch follows from the sample's index alone.
+
+    Args:
+        bucket: rows that are ordered on their own, apart from those of other buckets.
 
     Returns:
         (count,) int64 row numbers.
@@ -45,10 +50,18 @@ def data_order(seed: int, first_sample: int, count: int, dataset_size: int) -> t
     rows = torch.empty(count, dtype=torch.int64)
     for epoch in epochs.unique().tolist():
         inside = epochs == epoch
-        rows[inside] = _permutation(seed, epoch, dataset_size)[samples[inside] - epoch * dataset_size]
+        permutation = _permutations(bucket)(seed, epoch, dataset_size)
+        rows[inside] = permutation[samples[inside] - epoch * dataset_size].long()
     return rows
 
 
-@lru_cache(maxsize=2)  # a batch may run over the end of an epoch
-def _permutation(seed: int, epoch: int, size: int) -> torch.Tensor:
-    return torch.randperm(size, generator=generator(seed, "order", epoch))
+@cache
+def _permutations(bucket: int) -> Callable[[int, int, int], torch.Tensor]:
+    """Of a bucket the permutation of an epoch; two are kept, since a batch may run over the end of an epoch."""
+
+    @lru_cache(maxsize=2)
+    def permutation(seed: int, epoch: int, size: int) -> torch.Tensor:
+        counters = (epoch, bucket) if bucket else (epoch,)
+        return torch.randperm(size, generator=generator(seed, "order", *counters)).int()
+
+    return permutation

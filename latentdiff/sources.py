@@ -7,39 +7,44 @@ problem and ends nothing.
 import csv
 import io
 import json
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from PIL import Image
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from .config import ConfigError, TrainConfig
-
-# Pictures of pixels, whatever a file calls itself. Not EPS, which Pillow would hand to Ghostscript to run.
-_PIXELS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-Image.init()  # Pillow registers most of its formats only when it is asked to
-FORMATS = tuple(kind for kind in _PIXELS if kind in Image.OPEN)  # MPO is opened as JPEG
+from .images import SUFFIXES
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture with its captions; `problem` says why it cannot be used, where that is known without decoding it."""
+    """One picture with its captions.
+
+    Attributes:
+        name: what to call it in a message.
+        problem: why it cannot be used, where that is known without opening its file.
+        place: where the file is, as plain JSON; what the source's `open` takes.
+        stamp: tells without opening it whether the file is the one that was seen before; None where nothing does.
+    """
 
     name: str
     captions: list[str] = field(default_factory=list)
     problem: str | None = None
+    place: object = None
+    stamp: str | None = None
 
 
 class Source(Protocol):
     """Rows in an order that depends on the data alone."""
 
-    def __len__(self) -> int: ...
+    def rows(self) -> Iterator[Row]:
+        """All of them. Raises ConfigError where there are none to be had."""
 
-    def row(self, number: int) -> Row:
-        """Name, captions and problem."""
-
-    def open(self, number: int) -> Path | BinaryIO:
+    def open(self, place: object) -> Path | BinaryIO:
         """The picture's file. Raises ValueError where there is none."""
 
 
@@ -55,10 +60,20 @@ def open_source(config: TrainConfig) -> Source:
     return Table(config)
 
 
+def stamp_of(path: Path) -> str | None:
+    """Path, size and times of a file; None for one so new that it could change again within the clock's grain."""
+    seen = path.stat()
+    if time.time() - seen.st_ctime < 2:
+        return None
+    return f"{path.absolute()}|{seen.st_size}|{seen.st_mtime_ns}|{seen.st_ctime_ns}"
+
+
 def clean(captions: object) -> list[str]:
     """A caption or a list of captions without what is empty or no text."""
     said = captions if isinstance(captions, list) else [captions]
-    return [caption for caption in said if isinstance(caption, str) and caption.strip()]
+    # JSON can hold halves of characters, which no tokenizer takes.
+    whole = (caption.encode("utf-8", "replace").decode() for caption in said if isinstance(caption, str))
+    return [caption for caption in whole if caption.strip()]
 
 
 # ------------------------------------------------------------------------------------------------------- a folder
@@ -80,8 +95,11 @@ class Folder:
     """
 
     def __init__(self, folder: Path, caption_column: str):
-        self._folder = folder
-        rows = {}
+        self._folder, self._caption_column = folder, caption_column
+
+    def rows(self) -> Iterator[Row]:
+        folder, caption_column = self._folder, self._caption_column
+        rows: dict[str, Row] = {}
         columns: set[str] = set()
         for metadata in _metadata_files(folder):
             inside = PurePosixPath(metadata.parent.relative_to(folder).as_posix())
@@ -100,21 +118,17 @@ class Folder:
             name = path.relative_to(folder).as_posix()
             if name not in rows:
                 rows[name] = Row(name, _captions_beside(path))
-        self._rows = [rows[name] for name in sorted(rows)]
-        if not any(row.captions for row in self._rows):
+        if not any(row.captions for row in rows.values()):
             raise ConfigError(
                 f"train_data_dir: no captions in {str(folder)!r}: a metadata.jsonl or metadata.csv names each picture "
                 "and its text, or a .txt file stands beside it"
             )
+        for name in sorted(rows):
+            row = rows[name]
+            yield row if row.problem else replace(row, place=name, stamp=stamp_of(folder / name))
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, number: int) -> Row:
-        return self._rows[number]
-
-    def open(self, number: int) -> Path:
-        return self._folder / self._rows[number].name
+    def open(self, place: str) -> Path:
+        return self._folder / place
 
 
 def _metadata_files(folder: Path) -> Iterator[Path]:
@@ -122,8 +136,7 @@ def _metadata_files(folder: Path) -> Iterator[Path]:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _PIXELS}
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _records(metadata: Path) -> Iterator[tuple[str, object, str | None]]:
@@ -203,22 +216,45 @@ class Table:
                     "(image_column and caption_column name them)"
                 )
 
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def row(self, number: int) -> Row:
+    def rows(self) -> Iterator[Row]:
         """The name is the file, within the folder where there is one, so that it does not change when that moves."""
-        stored = self._data[number]
-        path = (stored[self._image_column] or {}).get("path")
-        if path and Path(path).is_relative_to(self._folder):
-            path = Path(path).relative_to(self._folder).as_posix()
-        return Row(path or f"row {number}", clean(stored[self._caption_column]))
+        pictures = self._data.data.column(self._image_column)
+        columns = (
+            pc.struct_field(pictures, "path"),
+            pc.is_valid(pc.struct_field(pictures, "bytes")),
+            self._data.data.column(self._caption_column),
+        )
+        for number, (file, has_bytes, said) in enumerate(zip(*map(_values, columns), strict=True)):
+            name, stamp, problem = f"row {number}", f"{self._data._fingerprint}|{number}", None
+            if file:
+                path = Path(file)
+                name = path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else file
+                if not has_bytes:
+                    inside = any(path.resolve().is_relative_to(folder) for folder in (self._folder, *_downloads()))
+                    problem = None if inside else "it leads out of the data folder"
+                    stamp = stamp_of(path) if inside and path.is_file() else None
+            yield Row(name, clean(said), problem, place=number, stamp=stamp)
 
-    def open(self, number: int) -> Path | BinaryIO:
-        stored = self._data[number][self._image_column]
+    def open(self, place: int) -> Path | BinaryIO:
+        stored = self._data[place][self._image_column]
         if not stored:
             raise ValueError("there is none")
         return io.BytesIO(stored["bytes"]) if stored.get("bytes") else Path(stored["path"])
+
+
+def _values(column: pa.ChunkedArray) -> Iterator:
+    """A column's values as Python's, a chunk in memory at a time."""
+    for chunk in column.chunks:
+        yield from chunk.to_pylist()
+
+
+def _downloads() -> Iterator[Path]:
+    """Where `datasets` and the Hub's client put the files of a data set."""
+    import datasets
+    import huggingface_hub
+
+    for folder in (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE):
+        yield Path(folder).resolve()
 
 
 def _load_dataset(config: TrainConfig):

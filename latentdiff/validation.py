@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -39,19 +40,25 @@ class HeldOutLoss:
         num_train_timesteps: int,
         max_pictures: int = 256,
     ):
-        rows = [row for row, held_out in enumerate(pictures.held_out) if held_out][:max_pictures]
+        rows = np.flatnonzero(pictures.held_out)[:max_pictures]
         self.pictures = len(rows)
-        if not rows:
+        if not self.pictures:
             return
         generator = random_streams.generator(0, "held-out loss")
-        mean, std = moments(rows)
         count = TIMESTEPS_PER_PICTURE * len(rows)
-        self._latents = sample_latents(vae_config, mean, std, torch.randn(mean.shape, generator=generator))
-        self._noise = torch.randn(count, *mean.shape[1:], generator=generator)
         # One timestep from each of `count` equal strata, dealt out to the pictures in a drawn order.
         strata = (torch.arange(count) + 0.5) / count * num_train_timesteps
-        self._timesteps = strata.long()[torch.randperm(count, generator=generator)]
-        self._encoder_hidden_states = hidden_states([hidden_states.ids[row][0] for row in rows])
+        timesteps = strata.long()[torch.randperm(count, generator=generator)]
+        self._groups = []  # pictures of one size each: latents, noise, timesteps, hidden states, and whose they are
+        for size in np.unique(pictures.size_of[rows]):
+            places = np.flatnonzero(pictures.size_of[rows] == size)
+            mean, std = moments(rows[places].tolist())
+            latents = sample_latents(vae_config, mean, std, torch.randn(mean.shape, generator=generator))
+            of = torch.arange(len(places)).repeat(TIMESTEPS_PER_PICTURE)
+            noise = torch.randn(len(of), *mean.shape[1:], generator=generator)
+            hidden = hidden_states(rows[places].tolist(), [0] * len(places))
+            self._groups.append((latents, noise, timesteps[: len(of)], hidden, of))
+            timesteps = timesteps[len(of) :]
 
     @torch.no_grad()
     def __call__(self, unet: UNet2DConditionModel, scheduler, batch_size: int = 64, autocast=nullcontext) -> float:
@@ -59,15 +66,14 @@ class HeldOutLoss:
         was_training, device = unet.training, unet.device
         unet.eval()
         losses = []
-        picture = torch.arange(len(self._timesteps)) % self.pictures
-        for part in torch.arange(len(self._timesteps)).split(batch_size):
-            latents = self._latents[picture[part]].to(device)
-            hidden = self._encoder_hidden_states[picture[part]].to(device)
-            noise, timesteps = self._noise[part].to(device), self._timesteps[part].to(device)
-            with autocast():
-                output = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
-            kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
-            losses.append(denoising_loss(output, training_target(kind, latents, noise, abar, timesteps)).cpu())
+        for all_latents, all_noise, all_timesteps, all_hidden, of in self._groups:
+            for part in torch.arange(len(of)).split(batch_size):
+                latents, hidden = all_latents[of[part]].to(device), all_hidden[of[part]].to(device)
+                noise, timesteps = all_noise[part].to(device), all_timesteps[part].to(device)
+                with autocast():
+                    output = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
+                kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
+                losses.append(denoising_loss(output, training_target(kind, latents, noise, abar, timesteps)).cpu())
         unet.train(was_training)
         return float(torch.cat(losses).mean())
 

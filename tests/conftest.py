@@ -1,6 +1,7 @@
 """What the tests share: no network, a Hub on the loopback address, a tiny Stable Diffusion folder of random weights."""
 
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -124,3 +125,75 @@ def tiny_pipeline_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     LatentDiffPipeline(**tiny_components()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """accelerate as in a new process, on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # the numbers here are a CPU's
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """accelerate keeps its state between accelerators of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def make_pictures(folder: Path, count: int) -> Path:
+    """Pictures of noise with metadata."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    for i in range(count):
+        shades = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(shades).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a cat"}) for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve of them: not to be written to."""
+    return make_pictures(tmp_path_factory.mktemp("data") / "pics", 12)
+
+
+@pytest.fixture
+def settings(tiny_pipeline_folder, pictures, tmp_path) -> dict:
+    """A run of four steps of eight pictures."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_pipeline_folder),
+        "unet": "pretrained",
+        "train_data_dir": str(pictures),
+        "cache_dir": str(tmp_path / "cache"),
+        "output_dir": str(tmp_path / "run"),
+        "train_batch_size": 8,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 3,
+        "logging_steps": 1,
+        "validation_prompts": (),
+        "report_to": "none",
+        "checkpoints_total_limit": None,
+    }
+
+
+@pytest.fixture
+def train(script, settings, fresh_accelerate):
+    """Run the script in this process with changed settings; returns the output folder."""
+    from latentdiff.config import TrainConfig
+
+    def run(**changes) -> Path:
+        reset_accelerate()
+        torch.manual_seed(torch.seed())  # nothing may hang on the global generator
+        config = TrainConfig(**{**settings, **changes})
+        script.main(config)
+        return Path(config.output_dir)
+
+    return run

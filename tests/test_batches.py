@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,24 +12,31 @@ CONFIG = SimpleNamespace(scaling_factor=0.5, shift_factor=None)
 
 
 class Toy:
-    """Rows, moments and hidden states that show where they come from: everything of row r is r."""
+    """Rows, moments and hidden states that show where they come from: everything of row r is r.
 
-    def __init__(self, count: int = 10, held_out=(), repeats=None):
-        self.captions = [["x"] * 3 for _ in range(count)]
-        self.repeats = repeats or [1] * count
-        self.held_out = [row in held_out for row in range(count)]
-        self.ids = [[10 * row + 1, 10 * row + 2, 10 * row + 3] for row in range(count)]
+    A mirror image adds 10 to its row's moments, crop c adds 100 c. Row r's captions are 10 r + 1, 10 r + 2 and
+    10 r + 3, the empty one is 0. Rows of size s have latents of 3 + s columns.
+    """
+
+    def __init__(self, count: int = 10, held_out=(), repeats=None, size_of=None, crops: int = 1):
+        self.caption_counts = np.full(count, 3)
+        self.repeats = np.array(repeats or [1] * count)
+        self.held_out = np.array([row in held_out for row in range(count)])
+        self.size_of = np.array(size_of or [0] * count)
+        self.sizes, self.crops = [None] * (self.size_of.max() + 1), crops
 
     def name(self, row):
         return f"{row}.png"
 
-    def moments(self, rows):
-        mean = torch.tensor(rows, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 3, 3)
+    def moments(self, rows, crops, flips):
+        (size,) = set(self.size_of[rows].tolist())
+        shown = [row + 100 * crop + 10 * flip for row, crop, flip in zip(rows, crops, flips, strict=True)]
+        mean = torch.tensor(shown, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 3, 3 + size)
         return mean, torch.full_like(mean, 0.25)
 
-    def hidden_states(self):
-        states = SimpleNamespace(ids=self.ids)
-        return type("States", (), {"ids": states.ids, "__call__": lambda self, ids: torch.tensor(ids).view(-1, 1, 1)})()
+    def hidden_states(self, rows, choices):
+        said = [10 * row + choice + 1 if choice >= 0 else 0 for row, choice in zip(rows, choices, strict=True)]
+        return torch.tensor(said).view(-1, 1, 1)
 
 
 def batches(toy: Toy | None = None, **settings) -> Batches:
@@ -41,7 +49,7 @@ def batches(toy: Toy | None = None, **settings) -> Batches:
         "random_flip": False,
         "micro_batch": 8,
     }
-    return Batches(toy, toy.moments, toy.hidden_states(), **{**options, **settings})
+    return Batches(toy, toy.moments, toy.hidden_states, **{**options, **settings})
 
 
 def captions(batch: Batch) -> list[int]:
@@ -185,7 +193,7 @@ def test_every_caption_of_a_picture_is_its_own_and_each_has_its_turn():
 
 
 def test_flips_take_the_mirrored_row_half_of_the_time():
-    """Pictures would always or never be mirrored. Row r's mirror image is row 10 + r of the moments."""
+    """Pictures would always or never be mirrored."""
     rows = torch.cat([rows_of(batches(random_flip=True).at(step)) for step in range(250)])
     assert rows.max() >= 10
     share = (rows >= 10).float().mean()
@@ -198,3 +206,31 @@ def test_captions_do_not_depend_on_the_flip():
     plain, flipped = batches().at(2), batches(random_flip=True).at(2)
     assert torch.equal(rows_of(plain), rows_of(flipped) % 10)
     assert all(torch.equal(getattr(plain, field), getattr(flipped, field)) for field in FIELDS[1:])
+
+
+def test_every_crop_has_its_turn():
+    """Only one of the crops that were encoded would be trained on; and choosing it would change the noise."""
+    shown = torch.cat([rows_of(batches(Toy(crops=3)).at(step)) for step in range(60)])
+    counts = (shown // 100).bincount()
+    # 480 draws, 160 expected of each crop, standard deviation sqrt(480 * 2 / 9) = 10.3
+    assert len(counts) == 3 and (counts - 160).abs().max() < 5 * 10.3
+    plain, cropped = batches().at(4), batches(Toy(crops=3)).at(4)
+    assert torch.equal(rows_of(plain), rows_of(cropped) % 100)
+    assert all(torch.equal(getattr(plain, field), getattr(cropped, field)) for field in FIELDS[1:])
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "micro_batch"), [(2, 1, 4), (4, 1, 2), (1, 2, 4)])
+def test_pictures_of_several_sizes_on_any_number_of_processes(processes, accumulation, micro_batch):
+    """A step of two sizes cannot be computed; and a step that differs between processes trains on something else."""
+    toy = Toy(30, size_of=[0] * 17 + [1] * 9 + [2] * 4)
+    for step in range(12):
+        whole = batches(toy).at(step)
+        shares = [
+            batches(toy, micro_batch=micro_batch, accumulation=accumulation, processes=processes, process=process).at(
+                step, micro_step
+            )
+            for micro_step in range(accumulation)
+            for process in range(processes)
+        ]
+        for field in FIELDS:
+            assert torch.equal(torch.cat([getattr(share, field) for share in shares]), getattr(whole, field))

@@ -1,10 +1,11 @@
-"""Pictures of every kind come out upright, on white and of one size; a bad one is named and ends nothing."""
+"""One's own pictures and the embedded ones as rows with captions; a bad picture is named and ends nothing."""
 
 import io
 import json
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,86 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff import emoji
 from latentdiff.config import ConfigError, TrainConfig
-from latentdiff.data import EmojiPictures, OwnPictures, fit, upright_rgb
-
-
-def stored(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
-    """The picture as it comes back from a file."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return Image.open(io.BytesIO(file.getvalue()))
+from latentdiff.data import EmojiPictures, OwnPictures
+from latentdiff.sources import open_source
+from latentdiff.survey import survey
 
 
 def first_row(image: Image.Image) -> list[tuple[int, ...]]:
     return [tuple(pixel) for pixel in np.asarray(image)[0].tolist()]
-
-
-# ---- decoding -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation(orientation):
-    """A telephone's pictures would be learned lying on their side or mirrored."""
-    upright = Image.new("RGB", (3, 2), "white")
-    upright.putpixel((0, 0), (255, 0, 0))
-    upright.putpixel((2, 0), (0, 0, 255))
-    # EXIF 2.3: what has to be done to the stored picture so that it stands upright, by orientation. Here the inverse.
-    turn = Image.Transpose
-    inverse = {
-        2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-        6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270,
-    }  # fmt: skip
-    as_shot = upright.transpose(inverse[orientation]) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(np.asarray(upright_rgb(stored(as_shot, exif=exif))), np.asarray(upright))
-
-
-def test_alpha_lies_on_white():
-    """Transparent parts would be black, or whatever colour hides under them."""
-    rgba = Image.fromarray(np.array([[[255, 0, 0, 255], [9, 9, 9, 0], [0, 0, 0, 51]]], dtype=np.uint8))
-    # 51 / 255 = 0.2 of black on white: 0.8 * 255 = 204
-    assert first_row(upright_rgb(stored(rgba))) == [(255, 0, 0), (255, 255, 255), (204, 204, 204)]
-    grey = Image.merge("LA", (Image.new("L", (1, 1), 40), Image.new("L", (1, 1), 0)))
-    assert first_row(upright_rgb(stored(grey))) == [(255, 255, 255)]
-
-
-def test_palette():
-    """Palette numbers would be taken for shades, or the transparent entry for a colour."""
-    image = Image.new("P", (3, 1))
-    image.putpalette([10, 20, 30, 200, 100, 50, 0, 255, 0])
-    image.putdata([0, 1, 2])
-    assert first_row(upright_rgb(stored(image))) == [(10, 20, 30), (200, 100, 50), (0, 255, 0)]
-    transparent = stored(image, transparency=1)
-    assert first_row(upright_rgb(transparent)) == [(10, 20, 30), (255, 255, 255), (0, 255, 0)]
-    assert first_row(upright_rgb(stored(image, "GIF", transparency=1)))[1] == (255, 255, 255)
-
-
-@pytest.mark.parametrize("options", [{}, {"transparency": 65535}, {"transparency": 0}], ids=str)
-def test_sixteen_bits(options):
-    """All but the darkest 256 of 65,536 shades would be white."""
-    image = Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16))
-    expected = [(v, v, v) for v in (0, 1, 128, 255)]
-    assert first_row(upright_rgb(stored(image, **options))) == expected
-    assert first_row(upright_rgb(Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.int32)))) == expected
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "RGB", "YCbCr"])
-def test_other_modes(mode):
-    """A grey, black-and-white or print-colour picture would be rejected or come out in false colours."""
-    image = Image.new("RGB", (8, 8), "white").convert(mode)
-    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
-    assert upright_rgb(stored(image, kind)).getextrema() == ((255, 255),) * 3
-
-
-def test_fit_crops_the_middle_or_stretches():
-    """The subject would be off centre, or a picture squeezed where it should be cropped."""
-    wide = Image.new("RGB", (30, 10), "white")
-    wide.paste((0, 0, 255), (10, 0, 20, 10))
-    assert fit(wide, 10).getextrema() == ((0, 0), (0, 0), (255, 255))
-    stretched = np.asarray(fit(wide, 30, center_crop=False))
-    assert stretched.shape == (30, 30, 3)
-    assert stretched[15, 2].tolist() == [255] * 3 and stretched[15, 15].tolist() == [0, 0, 255]
 
 
 # ---- pictures of one's own ------------------------------------------------------------------------------------------
@@ -109,17 +37,22 @@ def folder_of(folder, captions: list, size: int = 8):
     return folder
 
 
-def own(folder, tmp_path, resolution: int = 8, **settings) -> OwnPictures:
-    return OwnPictures(
-        TrainConfig(train_data_dir=str(folder), output_dir=str(tmp_path), **settings), resolution=resolution
-    )
+def own(folder, tmp_path, sizes=((8, 8),), **settings) -> OwnPictures:
+    return surveyed(TrainConfig(train_data_dir=str(folder), output_dir=str(tmp_path), **settings), sizes)
+
+
+def surveyed(config: TrainConfig, sizes=((8, 8),)) -> OwnPictures:
+    source = open_source(config)
+    survey(config, source, Path(config.output_dir) / "seen.sqlite")
+    return OwnPictures(config, source, sizes)
 
 
 def test_a_folder_with_metadata(tmp_path):
     """Pictures would get another's caption, or be held out without being asked for."""
     pictures = own(folder_of(tmp_path / "pics", ["a cat", "ein Käse", "猫"]), tmp_path)
     assert list(pictures.captions) == [["a cat"], ["ein Käse"], ["猫"]]
-    assert pictures.repeats == [1, 1, 1] and pictures.held_out == [False] * 3
+    assert pictures.repeats.tolist() == [1, 1, 1] and pictures.held_out.tolist() == [False] * 3
+    assert pictures.caption_counts.tolist() == [1, 1, 1] and pictures.captions[2] == ["猫"]
     for row in range(3):
         assert pictures.image(row).size == (8, 8) and first_row(pictures.image(row))[0] == (row, 2 * row, 255 - row)
 
@@ -174,7 +107,7 @@ def test_a_missing_picture_is_named(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
     with pytest.raises(ConfigError, match="row 1: it cannot be read as a picture"):
-        OwnPictures(TrainConfig(dataset_name=str(tmp_path / "set"), output_dir=str(tmp_path)), resolution=8)
+        surveyed(TrainConfig(dataset_name=str(tmp_path / "set"), output_dir=str(tmp_path)))
 
 
 def test_no_stale_list_of_rejected_pictures(tmp_path):
@@ -213,7 +146,7 @@ def test_data_without_captions_says_what_it_has(tmp_path, change):
 
 def test_a_data_set_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="dataset_name: '/no/such/set'") as refused:
-        OwnPictures(TrainConfig(dataset_name="/no/such/set", output_dir=str(tmp_path)), resolution=8)
+        surveyed(TrainConfig(dataset_name="/no/such/set", output_dir=str(tmp_path)))
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -223,7 +156,7 @@ def test_the_held_out_share_does_not_move_with_the_folder(tmp_path):
     here = own(folder_of(tmp_path / "here", captions), tmp_path, held_out_fraction=0.3)
     (tmp_path / "far" / "away").mkdir(parents=True)
     there = own(folder_of(tmp_path / "far" / "away" / "pics", captions), tmp_path, held_out_fraction=0.3)
-    assert here.held_out == there.held_out
+    assert (here.held_out == there.held_out).all()
     # Binomial(60, 0.3) is within 18 +- 4 standard deviations (3.55) but for one set of names in ten thousand.
     assert 18 - 15 < sum(here.held_out) < 18 + 15
 

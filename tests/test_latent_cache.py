@@ -1,31 +1,47 @@
 """The cache gives to the last bit what the frozen networks give, and is never taken for another's."""
 
-import json
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import tiny_components
 from latentdiff import latent_cache
+from latentdiff.entry_store import key_of
 from latentdiff.latent_cache import HiddenStates, Moments
 from latentdiff.latents import encode_moments, to_pixels
 from latentdiff.models import FrozenParts, encode_prompt, freeze
 
 
 class Pictures:
-    """Twenty pictures of noise with a caption or two."""
+    """Pictures of noise with a caption of their own and one that they share."""
+
+    crops = 1
 
     def __init__(self, count: int = 20, size: int = 16, first: int = 0):
         seeds = range(first, first + count)
         draws = [torch.rand(size, size, 3, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         self._images = [Image.fromarray((draw * 255).byte().numpy()) for draw in draws]
         self.captions = [[f"cat {seed}", "a dog"] for seed in seeds]
-        self.repeats, self.held_out = [1] * count, [False] * count
+        self.caption_counts = np.full(count, 2)
+        self.sizes, self.size_of = [(size, size)], np.zeros(count, int)
 
-    def image(self, row: int) -> Image.Image:
+    def image(self, row: int, crop: int = 0) -> Image.Image:
         return self._images[row]
+
+    def digests(self):
+        return (hashlib.sha256(image.tobytes() + bytes(image.size)).digest() for image in self._images)
+
+
+def said(*captions: str) -> Pictures:
+    """Pictures with these captions, one each."""
+    pictures = Pictures(len(captions))
+    pictures.captions, pictures.caption_counts = [[caption] for caption in captions], np.ones(len(captions), int)
+    return pictures
 
 
 def frozen(seed: int = 0) -> FrozenParts:
@@ -48,14 +64,22 @@ def encoded(monkeypatch):
     return calls
 
 
-def caches(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def entries(folder: Path) -> dict[str, int]:
+    """How many entries each store in the folder has."""
+    shards = {store.name: [load_file(path) for path in store.glob("*.safetensors")] for store in folder.iterdir()}
+    return {name: sum(len(shard["keys"]) for shard in found) for name, found in shards.items()}
+
+
+def kept(pictures, parts, folder) -> HiddenStates:
+    states = HiddenStates(pictures, parts)
+    states.keep(folder)
+    return states
 
 
 def test_cached_moments_are_the_vae_s_own_to_the_last_bit(parts, tmp_path):
     """Training from the cache would differ from training without it."""
     pictures = Pictures()
-    cached, anew = Moments(pictures, parts, False, tmp_path), Moments(pictures, parts, False, None)
+    cached, anew = Moments(pictures, parts.vae, False, tmp_path), Moments(pictures, parts.vae, False, None)
     for rows in (range(20), [3], [19, 0, 0, 7], list(range(17))):
         for ours, theirs in zip(cached(rows), anew(rows), strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == torch.float32
@@ -63,126 +87,172 @@ def test_cached_moments_are_the_vae_s_own_to_the_last_bit(parts, tmp_path):
             assert ours.stride() == theirs.stride() and theirs.is_contiguous()
     mean, std = encode_moments(parts.vae, to_pixels([pictures.image(row) for row in range(16)]))
     assert torch.equal(cached(range(16))[0], mean) and torch.equal(cached(range(16))[1], std)
+    assert cached.bytes == 20 * (mean[0].nbytes + std[0].nbytes + 16) and anew.bytes == 0
 
 
 def test_cached_hidden_states_are_the_text_encoder_s_own(parts, tmp_path):
-    """The same for words; and caption 0, which stands for a dropped one, must be the empty one."""
+    """The same for words; and what stands for a dropped caption must be the empty one."""
     pictures = Pictures()
-    cached, anew = HiddenStates(pictures.captions, parts, tmp_path), HiddenStates(pictures.captions, parts, None)
-    # 0 is the empty caption; then in order of appearance cat 0, a dog, cat 1, cat 2, ...
-    assert cached.ids == anew.ids == [[1, 2]] + [[row + 2, 2] for row in range(1, 20)]
-    ids = [caption for row in cached.ids for caption in row]
-    said = [caption for row in pictures.captions for caption in row]
-    assert torch.equal(cached(ids), anew(ids)) and anew(ids).is_contiguous()
-    torch.testing.assert_close(cached(ids), encode_prompt(parts, said))
-    torch.testing.assert_close(cached([0]), encode_prompt(parts, [""]))
-    assert 0 not in ids
+    cached, anew = kept(pictures, parts, tmp_path), HiddenStates(pictures, parts)
+    assert cached.kept and not anew.kept
+    rows, choices = [*range(20), *range(20), 3], [0] * 20 + [1] * 20 + [-1]
+    assert torch.equal(cached(rows, choices), anew(rows, choices)) and anew(rows, choices).is_contiguous()
+    words = [*(f"cat {row}" for row in range(20)), *["a dog"] * 20, ""]
+    torch.testing.assert_close(cached(rows, choices), encode_prompt(parts, words))
+    # 20 of their own, one in common and the empty one, 8 tokens of width 16 each
+    assert cached.different == 22 and cached.bytes == anew.bytes == 22 * 8 * 16 * 4
+    assert list(entries(tmp_path).values()) == [22]
 
 
 def test_mirror_images_are_encoded_not_flipped_afterwards(parts, tmp_path):
     """The latent of a mirrored picture is not the mirrored latent."""
-    pictures = Pictures(4)
-    moments = Moments(pictures, parts, True, tmp_path)
-    assert moments.rows == 8
+    pictures, rows = Pictures(4), [0, 1, 2, 3]
+    moments = Moments(pictures, parts.vae, True, tmp_path)
     mirrored = [pictures.image(row % 4).transpose(Image.Transpose.FLIP_LEFT_RIGHT) for row in range(16)]
     mean, _ = encode_moments(parts.vae, to_pixels(mirrored))
-    torch.testing.assert_close(moments([4, 5, 6, 7])[0], mean[:4])
-    assert not torch.allclose(moments([0])[0].flip(-1), moments([4])[0])
-    assert torch.equal(moments([2, 6])[0], Moments(pictures, parts, True, None)([2, 6])[0])
+    torch.testing.assert_close(moments(rows, [0] * 4, [True] * 4)[0], mean[:4])
+    assert not torch.allclose(moments([0])[0].flip(-1), moments([0], [0], [True])[0])
+    anew = Moments(pictures, parts.vae, True, None)
+    assert torch.equal(moments([2, 2], [0, 0], [False, True])[0], anew([2, 2], [0, 0], [False, True])[0])
+    # The same pictures without mirror images take what is there.
+    assert list(entries(tmp_path).values()) == [8]
+    Moments(pictures, parts.vae, False, tmp_path)
+    assert list(entries(tmp_path).values()) == [8]
+
+
+def test_every_crop_is_an_entry_of_its_own(parts, tmp_path):
+    """Only the first crop would ever be trained on."""
+
+    class Cropped(Pictures):
+        crops = 3
+
+        def image(self, row, crop=0):
+            return super().image(row).transpose(crop + 2)  # a quarter, half and three quarters of a turn
+
+        def digests(self):
+            return (key_of(digest, str(crop)) for digest in super().digests() for crop in range(3))
+
+    pictures = Cropped(5)
+    cached, anew = Moments(pictures, parts.vae, True, tmp_path), Moments(pictures, parts.vae, True, None)
+    asked = [4, 4, 4, 0], [0, 1, 2, 2], [False, True, False, True]
+    assert torch.equal(cached(*asked)[0], anew(*asked)[0]) and list(entries(tmp_path).values()) == [30]
+    alone, _ = encode_moments(parts.vae, to_pixels([pictures.image(4, 2)] * 16))
+    assert torch.equal(cached(*asked)[0][2], alone[0])
 
 
 def test_a_second_run_encodes_nothing(parts, tmp_path, encoded):
     """A new learning rate, another order of the steps or a used tokenizer would encode everything again."""
     pictures = Pictures()
-    Moments(pictures, parts, False, tmp_path)
-    HiddenStates(pictures.captions, parts, tmp_path)
+    Moments(pictures, parts.vae, False, tmp_path)
+    kept(pictures, parts, tmp_path)
     assert encoded
     encoded.clear()
-    Moments(pictures, parts, False, tmp_path)(range(5))
-    HiddenStates(pictures.captions, parts, tmp_path)([0, 1])
-    HiddenStates(pictures.captions, frozen(), tmp_path)([0, 1])
-    assert not encoded and len(caches(tmp_path)) == 2
+    Moments(pictures, parts.vae, False, tmp_path)(range(5))
+    kept(pictures, parts, tmp_path)([0, 1], [0, 1])
+    kept(pictures, frozen(), tmp_path)([0, 1], [-1, 0])
+    assert not encoded and len(entries(tmp_path)) == 2
 
 
-def test_the_cache_holds_raw_moments(tmp_path):
-    """Latents would be scaled twice, and another scaling_factor would read latents scaled with the old one."""
-    pictures, parts = Pictures(4), frozen()
-    before = Moments(pictures, parts, False, tmp_path)([1])
-    parts.vae.register_to_config(scaling_factor=123.0)
-    after = Moments(pictures, parts, False, tmp_path)([1])
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and len(caches(tmp_path)) == 1
-
-
-def test_whatever_changes_the_latents_changes_the_cache(parts, tmp_path):
-    """Stale latents: of other pictures, another resolution, another VAE or without mirror images."""
-    Moments(Pictures(4), parts, False, tmp_path)
-    changed = Pictures(4)
-    changed._images[3].putpixel((15, 15), tuple(255 - c for c in changed._images[3].getpixel((15, 15))))
-    for pictures, model, flip in (
-        (changed, parts, False),
-        (Pictures(3), parts, False),
-        (Pictures(4, size=32), parts, False),
-        (Pictures(4), frozen(1), False),
-        (Pictures(4), parts, True),
-    ):
-        known = len(caches(tmp_path))
-        moments = Moments(pictures, model, flip, tmp_path)
-        assert len(caches(tmp_path)) == known + 1
-        assert torch.equal(moments([0, 2])[0], Moments(pictures, model, flip, None)([0, 2])[0])
-
-
-def test_whatever_changes_the_words_changes_the_cache(parts, tmp_path):
-    """Stale hidden states: of other captions, another text encoder or another tokenizer."""
-    HiddenStates([["a cat"]], parts, tmp_path)
-    HiddenStates([["a cat."]], parts, tmp_path)
-    HiddenStates([["a cat"]], frozen(1), tmp_path)
-    assert len(caches(tmp_path)) == 3
-    shorter = frozen()
-    shorter.tokenizer.model_max_length = 6
-    assert HiddenStates([["a cat"]], shorter, tmp_path)([1]).shape == (1, 6, 16)
-    added = frozen()
-    added.tokenizer.add_tokens(["cat"])
-    added.text_encoder.resize_token_embeddings(len(added.tokenizer))
-    HiddenStates([["a cat"]], added, tmp_path)
-    assert len(caches(tmp_path)) == 5
-
-
-def test_a_half_written_cache_is_built_anew(parts, tmp_path, encoded):
-    """A run that was stopped while encoding would leave latents that are missing or zero."""
-    pictures = Pictures()
-    whole = Moments(pictures, parts, False, tmp_path)(range(20))
-    (folder,) = tmp_path.iterdir()
-    (folder / "manifest.json").unlink()
-    (folder / "shard-00000.safetensors").write_bytes(b"cut")
+def test_one_changed_picture_is_one_new_entry(parts, tmp_path, encoded):
+    """A set of a million would be encoded again for one picture, in a new folder as large as the first."""
+    before = Moments(Pictures(), parts.vae, False, tmp_path)
     encoded.clear()
-    again = Moments(pictures, parts, False, tmp_path)(range(20))
-    assert encoded and torch.equal(whole[0], again[0]) and (folder / "manifest.json").exists()
-    assert caches(tmp_path) == [folder.name]
+    changed = Pictures()
+    changed._images[3].putpixel((15, 15), tuple(255 - c for c in changed._images[3].getpixel((15, 15))))
+    after = Moments(changed, parts.vae, False, tmp_path)
+    assert len(encoded) == 1 and list(entries(tmp_path).values()) == [21]
+    assert torch.equal(after([3])[0], Moments(changed, parts.vae, False, None)([3])[0])
+    assert not torch.equal(after([3])[0], before([3])[0]) and torch.equal(after([4])[0], before([4])[0])
+    encoded.clear()
+    Moments(Pictures(5, first=2), parts.vae, False, tmp_path)  # fewer of them, in another order
+    assert not encoded
 
 
-def test_a_run_that_stops_while_encoding_leaves_no_cache(parts, tmp_path, monkeypatch):
-    """What it had written would be taken for the whole."""
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(latent_cache, "encode_moments", stop)
-    with pytest.raises(KeyboardInterrupt):
-        Moments(Pictures(4), parts, False, tmp_path)
-    assert not list(tmp_path.glob("latents-*"))
-    monkeypatch.undo()
-    assert torch.equal(
-        Moments(Pictures(4), parts, False, tmp_path)([3])[0], Moments(Pictures(4), parts, False, None)([3])[0]
-    )
+def test_one_changed_caption_is_one_new_entry(parts, tmp_path, encoded):
+    kept(said("a cat", "a dog", "a cat"), parts, tmp_path)
+    encoded.clear()
+    states = kept(said("a dog", "a red cat", "a cat"), parts, tmp_path)
+    assert len(encoded) == 1 and list(entries(tmp_path).values()) == [4]
+    torch.testing.assert_close(states([0, 1], [0, 0]), encode_prompt(parts, ["a dog", "a red cat"]))
 
 
-def test_shards(parts, tmp_path, monkeypatch):
-    """A row past the first shard would be read from the wrong place."""
-    monkeypatch.setattr(latent_cache, "SHARD_ROWS", 8)
-    pictures = Pictures()
-    moments = Moments(pictures, parts, False, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert len(list(folder.glob("shard-*.safetensors"))) == 3  # 8 + 8 + 4
-    assert json.loads((folder / "manifest.json").read_text()) == {"rows": 20, "shard_rows": 8}
-    rows = [19, 8, 7, 0, 16, 15]
-    torch.testing.assert_close(moments(rows)[0], Moments(pictures, parts, False, None)(rows)[0], rtol=0, atol=0)
+@pytest.mark.parametrize("change", ["scaling_factor", "sample_size", "decoder", "path"])
+def test_what_does_not_change_the_latents_changes_nothing(tmp_path, encoded, change):
+    """A VAE whose decoder was trained further would encode everything again, to the same numbers."""
+    pictures, parts = Pictures(4), frozen()
+    before = Moments(pictures, parts.vae, False, tmp_path)([1])
+    encoded.clear()
+    if change == "decoder":
+        parts.vae.decoder.conv_out.bias.data += 1
+    else:
+        name, value = {"path": ("_name_or_path", "elsewhere")}.get(change, (change, 123))
+        parts.vae.register_to_config(**{name: value})
+    after = Moments(pictures, parts.vae, False, tmp_path)([1])
+    # Raw moments: latents would have been scaled with the factor of the first run.
+    assert not encoded and torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def other_encoder(parts):
+    parts.vae.encoder.conv_in.bias.data[0] += 1e-3
+
+
+def other_quant_conv(parts):
+    parts.vae.quant_conv.weight.data *= 1.001
+
+
+def other_groups(parts):
+    parts.vae.register_to_config(norm_num_groups=4)
+    for module in parts.vae.encoder.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = 4
+
+
+def other_dtype(parts):
+    parts.vae.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [other_encoder, other_quant_conv, other_groups, other_dtype])
+def test_whatever_changes_the_latents_changes_the_cache(tmp_path, change):
+    """Stale latents of another VAE would be trained on."""
+    pictures, parts = Pictures(4), frozen()
+    Moments(pictures, parts.vae, False, tmp_path)
+    change(parts)
+    moments = Moments(pictures, parts.vae, False, tmp_path)
+    assert list(entries(tmp_path).values()) == [4, 4]
+    assert torch.equal(moments([0, 2])[0], Moments(pictures, parts.vae, False, None)([0, 2])[0])
+
+
+def other_text_encoder(parts):
+    next(parts.text_encoder.parameters()).data[0] += 1e-3
+
+
+def other_activation(parts):
+    parts.text_encoder.config.hidden_act = "gelu"
+
+
+def shorter(parts):
+    parts.tokenizer.model_max_length = 6
+
+
+def other_words(parts):
+    parts.tokenizer.add_tokens(["cat"])
+    parts.text_encoder.resize_token_embeddings(len(parts.tokenizer))
+
+
+@pytest.mark.parametrize("change", [other_text_encoder, other_activation, shorter, other_words])
+def test_whatever_changes_the_words_changes_the_cache(tmp_path, change):
+    """Stale hidden states: of another text encoder or another tokenizer."""
+    parts = frozen()
+    kept(said("a cat"), parts, tmp_path)
+    change(parts)
+    states = kept(said("a cat"), parts, tmp_path)
+    assert list(entries(tmp_path).values()) == [2, 2]
+    assert torch.equal(states([0], [0]), HiddenStates(said("a cat"), parts)([0], [0]))
+
+
+def test_captions_in_any_script(parts, tmp_path):
+    """Two captions that differ in one letter, or in none that is text, would share their hidden states."""
+    words = ["猫", "cat ", "cat", " cat", "кошка", "🐈", "a\0b", "a", "x" * 100_000]
+    states = kept(said(*words), parts, tmp_path)
+    assert states.different == len(words) + 1
+    torch.testing.assert_close(states(range(len(words)), [0] * len(words)), encode_prompt(parts, words))

@@ -23,12 +23,16 @@ ALLOWED = {
     "efficientnet_lite": {"config"},
     "models": {"config"},
     "emoji": {"config", "random_streams"},
-    "sources": {"config"},
-    "data": {"config", "emoji", "random_streams", "sources"},
-    "latent_cache": {"latents", "data", "models"},
+    "images": set(),
+    "sources": {"config", "images"},
+    "survey": {"config", "images", "random_streams", "sources"},
+    "data": {"config", "emoji", "images", "random_streams", "sources", "survey"},
+    "buckets": {"random_streams"},
+    "entry_store": {"config"},
+    "latent_cache": {"latents", "data", "models", "entry_store"},
     "divergence": {"config", "batches"},
     "lora": {"config"},
-    "batches": {"random_streams", "data", "guidance", "latent_cache", "latents"},
+    "batches": {"random_streams", "data", "guidance", "latent_cache", "latents", "buckets"},
 }
 TRAVELLERS = [*PACKAGE.glob("scheduling_*.py"), PACKAGE / "noise_schedule.py", *(ROOT / "pipelines").glob("*.py")]
 

@@ -17,8 +17,7 @@ def pictures(folder, *names: str):
 
 
 def rows(source) -> dict[str, tuple[list[str], str | None]]:
-    found = [source.row(number) for number in range(len(source))]
-    return {row.name: (row.captions, row.problem) for row in found}
+    return {row.name: (row.captions, row.problem) for row in source.rows()}
 
 
 def test_a_text_file_beside_each_picture(tmp_path):
@@ -54,9 +53,12 @@ def test_metadata_of_both_kinds_in_every_folder(tmp_path, suffix):
 def test_several_captions(tmp_path):
     """A list, and a second line for the same picture: none would be lost."""
     pictures(tmp_path, "a.png")
-    lines = [{"file_name": "a.png", "text": ["one", "two", "", None, 3]}, {"file_name": "./a.png", "text": "three"}]
+    lines = [
+        {"file_name": "a.png", "text": ["one", "two", "", None, 3, "\ud800 four"]},
+        {"file_name": "./a.png", "text": "three"},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert rows(Folder(tmp_path, "text")) == {"a.png": (["one", "two", "three"], None)}
+    assert rows(Folder(tmp_path, "text")) == {"a.png": (["one", "two", "? four", "three"], None)}
 
 
 def test_metadata_comes_before_text_files_and_leaves_none_out(tmp_path):
@@ -76,8 +78,9 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
     source = Folder(tmp_path / "data", "text")
     (problem,) = [problem for row, (_, problem) in rows(source).items() if problem]
     assert problem == "it leads out of the data folder"
-    usable = [n for n in range(len(source)) if not source.row(n).problem]
-    assert all(source.open(n).resolve().is_relative_to(tmp_path / "data") for n in usable)
+    usable = [row for row in source.rows() if not row.problem]
+    assert len(usable) == 2  # the two pictures, one of them without a caption
+    assert all(source.open(row.place).resolve().is_relative_to(tmp_path / "data") for row in usable)
 
 
 @pytest.mark.parametrize(
@@ -135,4 +138,42 @@ def test_nothing_to_read(tmp_path):
     with pytest.raises(ConfigError, match="train_data_dir: .* cannot be read"):
         open_source(TrainConfig(train_data_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match="train_data_dir: no captions"):
-        open_source(TrainConfig(train_data_dir=str(pictures(tmp_path / "p", "a.png"))))
+        rows(open_source(TrainConfig(train_data_dir=str(pictures(tmp_path / "p", "a.png")))))
+
+
+def test_a_table_that_names_files_elsewhere(tmp_path):
+    """A data set from the net would read the pictures of whoever trains on it. What a row brings with it is its own."""
+    import datasets
+    import pyarrow.parquet
+
+    pictures(tmp_path, "secret.png")
+    (tmp_path / "set").mkdir()
+    images = [
+        {"bytes": None, "path": str(tmp_path / "secret.png")},
+        {"bytes": None, "path": str(tmp_path / "set" / ".." / "secret.png")},
+        {"bytes": (tmp_path / "secret.png").read_bytes(), "path": "/its/own.png"},
+    ]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": images, "text": ["a", "b", "c"]}, features=features)
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "set" / "data.parquet")
+    found = list(Table(TrainConfig(dataset_name=str(tmp_path / "set"))).rows())
+    assert [row.problem for row in found] == ["it leads out of the data folder"] * 2 + [None]
+
+
+def test_a_table_that_changed_is_told_apart(tmp_path):
+    """Pictures of the earlier table would stand under the captions of the new one."""
+    import datasets
+
+    stamps = []
+    for shade in (1, 2):
+        table = datasets.Dataset.from_dict(
+            {"image": [Image.new("RGB", (8, 8), (shade, 0, 0))], "text": ["a"]},
+            features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+        )
+        (tmp_path / "set").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "set" / "data.parquet")
+        config = TrainConfig(dataset_name=str(tmp_path / "set"))
+        (row,), (again,) = Table(config).rows(), Table(config).rows()
+        assert row.stamp == again.stamp and Image.open(Table(config).open(0)).getpixel((0, 0)) == (shade, 0, 0)
+        stamps.append(row.stamp)
+    assert stamps[0] != stamps[1]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler as PeerScheduler
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
@@ -22,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load, load_file
 
 import kill_stress
-from conftest import _HUB
+from conftest import _HUB, make_pictures, reset_accelerate
 from hub_server import TOKEN, USER
 from latentdiff import background_push
 from latentdiff.cli_errors import run_training
@@ -33,69 +32,7 @@ from latentdiff.training import learning_rate_at, load_data, load_networks, opti
 from test_data import hostile_folder
 
 SCRIPT = kill_stress.SCRIPT
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # the numbers here are a CPU's
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
-def reset_accelerate() -> None:
-    """accelerate keeps its state between accelerators of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def make_pictures(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    for i in range(count):
-        shades = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(shades).save(folder / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a cat"}) for i in range(count)]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "pics", 12)
-
-
-@pytest.fixture
-def settings(tiny_pipeline_folder, pictures, tmp_path) -> dict:
-    """A run of four steps of eight pictures."""
-    return {
-        "pretrained_model_name_or_path": str(tiny_pipeline_folder),
-        "unet": "pretrained",
-        "train_data_dir": str(pictures),
-        "cache_dir": str(tmp_path / "cache"),
-        "output_dir": str(tmp_path / "run"),
-        "train_batch_size": 8,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 3,
-        "logging_steps": 1,
-        "validation_prompts": (),
-        "report_to": "none",
-        "checkpoints_total_limit": None,
-    }
-
-
-@pytest.fixture
-def train(script, settings):
-    """Run the script in this process with changed settings; returns the output folder."""
-
-    def run(**changes) -> Path:
-        reset_accelerate()
-        torch.manual_seed(torch.seed())  # nothing may hang on the global generator
-        config = TrainConfig(**{**settings, **changes})
-        script.main(config)
-        return Path(config.output_dir)
-
-    return run
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
 
 
 def losses(folder: Path, key: str = "loss") -> dict[int, float]:

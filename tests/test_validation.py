@@ -14,21 +14,21 @@ from latentdiff.models import fingerprint
 from latentdiff.validation import TIMESTEPS_PER_PICTURE, HeldOutLoss, validation_pictures
 
 
-def held_out_loss(count: int = 6, held_out=(1, 4), steps: int = 1000, **settings) -> HeldOutLoss:
-    pictures = SimpleNamespace(held_out=[row in held_out for row in range(count)])
+def held_out_loss(count: int = 6, held_out=(1, 4), steps: int = 1000, size_of=None, **settings) -> HeldOutLoss:
+    sizes = np.array(size_of or [0] * count)
+    pictures = SimpleNamespace(held_out=np.array([row in held_out for row in range(count)]), size_of=sizes)
 
     def moments(rows):
-        mean = torch.tensor(rows, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 4, 4)
+        (size,) = set(sizes[rows].tolist())
+        mean = torch.tensor(rows, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 4, 4 + size)
         return mean, torch.zeros_like(mean)
 
-    class States:
-        ids = [[10 * row + 1, 10 * row + 2] for row in range(count)]
-
-        def __call__(self, ids):
-            return torch.tensor(ids, dtype=torch.float32)[:, None, None].expand(-1, 8, 16) / 100
+    def states(rows, choices):
+        said = [10 * row + choice + 1 for row, choice in zip(rows, choices, strict=True)]
+        return torch.tensor(said, dtype=torch.float32)[:, None, None].expand(-1, 8, 16) / 100
 
     config = SimpleNamespace(scaling_factor=0.5, shift_factor=None)
-    return HeldOutLoss(pictures, moments, States(), vae_config=config, num_train_timesteps=steps, **settings)
+    return HeldOutLoss(pictures, moments, states, vae_config=config, num_train_timesteps=steps, **settings)
 
 
 class Spy(torch.nn.Module):
@@ -93,9 +93,21 @@ def test_only_held_out_pictures_under_their_own_words():
 def test_the_value_is_the_mean_squared_error():
     """A network that says zero has as its loss the mean square of the noise, whatever the batch size."""
     loss = held_out_loss()
-    expected = float(denoising_loss(torch.zeros_like(loss._noise), loss._noise).mean())
+    ((_, noise, *_),) = loss._groups
+    expected = float(denoising_loss(torch.zeros_like(noise), noise).mean())
     assert loss(Spy(), SCHEDULER) == pytest.approx(expected, rel=1e-6)
     assert loss(Spy(), SCHEDULER, batch_size=5) == pytest.approx(expected, rel=1e-6)
+
+
+def test_pictures_of_several_sizes():
+    """Pictures of another shape than the first would be left out, or their timesteps not be spread evenly."""
+    spy, loss = Spy(), held_out_loss(size_of=[0, 1, 0, 0, 3, 0], held_out=(0, 1, 3, 4))
+    loss(spy, SCHEDULER)
+    assert [tuple(noisy.shape) for noisy, *_ in spy.asked] == [
+        (16, 4, 4, 4), (8, 4, 4, 5), (8, 4, 4, 7)
+    ]  # fmt: skip
+    timesteps = torch.cat([timesteps for _, timesteps, _ in spy.asked])
+    assert sorted((timesteps * 32 // 1000).tolist()) == list(range(32))
 
 
 def test_no_gradients_and_the_mode_comes_back():
