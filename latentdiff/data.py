@@ -22,8 +22,9 @@ from . import emoji
 from .config import RunStopped, TrainConfig
 from .images import crop_box, open_upright, resized
 from .random_streams import fraction
-from .sources import Source
+from .sources import Folder, Source, Table, metadata_files, picture_files
 from .survey import PICTURES
+from .tars import Tars, tar_files
 
 
 class CaptionedPictures(Protocol):
@@ -106,6 +107,21 @@ class EmojiPictures:
 
 
 # -------------------------------------------------------------------------------------- pictures of one's own
+
+
+def open_source(config: TrainConfig) -> Source:
+    """What `train_data_dir` or `dataset_name` names: a folder of pictures, of WebDataset tars, or a table.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+    """
+    folder = Path(config.train_data_dir or config.dataset_name)
+    if folder.is_dir():
+        if any(True for found in (metadata_files(folder), picture_files(folder)) for _ in found):
+            return Folder(folder, config.caption_column)
+        if tars := tar_files(folder):
+            return Tars(tars, config.caption_column)
+    return Table(config)
 
 
 class OwnPictures:

@@ -48,18 +48,6 @@ class Source(Protocol):
         """The picture's file. Raises ValueError where there is none."""
 
 
-def open_source(config: TrainConfig) -> Source:
-    """What `train_data_dir` or `dataset_name` names.
-
-    Raises:
-        ConfigError: it is not there, cannot be read, or has no captions at all.
-    """
-    folder = Path(config.train_data_dir or config.dataset_name)
-    if folder.is_dir() and any(True for found in (_metadata_files(folder), _pictures(folder)) for _ in found):
-        return Folder(folder, config.caption_column)
-    return Table(config)
-
-
 def stamp_of(path: Path) -> str | None:
     """Path, size and times of a file; None for one so new that it could change again within the clock's grain."""
     seen = path.stat()
@@ -101,7 +89,7 @@ class Folder:
         folder, caption_column = self._folder, self._caption_column
         rows: dict[str, Row] = {}
         columns: set[str] = set()
-        for metadata in _metadata_files(folder):
+        for metadata in metadata_files(folder):
             inside = PurePosixPath(metadata.parent.relative_to(folder).as_posix())
             for where, record, problem in _records(metadata):
                 row = _row(folder, inside, where, record, problem, caption_column)
@@ -114,7 +102,7 @@ class Folder:
                 f"caption_column: no {caption_column!r} in the metadata of {str(folder)!r}; it has "
                 f"{', '.join(map(repr, sorted(columns)))}"
             )
-        for path in _pictures(folder):
+        for path in picture_files(folder):
             name = path.relative_to(folder).as_posix()
             if name not in rows:
                 rows[name] = Row(name, _captions_beside(path))
@@ -131,11 +119,11 @@ class Folder:
         return self._folder / place
 
 
-def _metadata_files(folder: Path) -> Iterator[Path]:
+def metadata_files(folder: Path) -> Iterator[Path]:
     yield from sorted(path for name in ("metadata.jsonl", "metadata.csv") for path in folder.rglob(name))
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
+def picture_files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 

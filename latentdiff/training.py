@@ -19,7 +19,7 @@ from . import emoji
 from .batches import Batch, Batches
 from .buckets import bucket_sizes
 from .config import ConfigError, TrainConfig, cache_folder
-from .data import CaptionedPictures, EmojiPictures, OwnPictures
+from .data import CaptionedPictures, EmojiPictures, OwnPictures, open_source
 from .ema import EMA
 from .finishing import as_pipeline
 from .latent_cache import HiddenStates, Moments
@@ -28,7 +28,6 @@ from .lora import add_lora
 from .losses import denoising_loss, min_snr_weight, training_target
 from .models import FrozenParts, build_unet, hide_loading_bars, load_frozen, load_unet
 from .scheduling_ddpm import DDPMScheduler
-from .sources import open_source
 from .survey import survey
 from .validation import HeldOutLoss, validation_pictures
 

@@ -197,3 +197,12 @@ def train(script, settings, fresh_accelerate):
         return Path(config.output_dir)
 
     return run
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Some seconds after the pictures were written: nothing can have changed within the grain of the clock."""
+    import time
+
+    now = time.time() + 10
+    monkeypatch.setattr(time, "time", lambda: now)

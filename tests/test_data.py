@@ -14,8 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff import emoji
 from latentdiff.config import ConfigError, TrainConfig
-from latentdiff.data import EmojiPictures, OwnPictures
-from latentdiff.sources import open_source
+from latentdiff.data import EmojiPictures, OwnPictures, open_source
 from latentdiff.survey import survey
 
 

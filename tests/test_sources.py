@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from latentdiff.config import ConfigError, TrainConfig
-from latentdiff.sources import Folder, Table, open_source
+from latentdiff.data import open_source
+from latentdiff.sources import Folder, Table
 
 
 def pictures(folder, *names: str):

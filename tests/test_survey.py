@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from PIL import Image
 
 from latentdiff import survey as module
 from latentdiff.config import ConfigError, TrainConfig
-from latentdiff.sources import Folder, open_source
+from latentdiff.data import open_source
+from latentdiff.sources import Folder
 from latentdiff.survey import survey
 
 
@@ -34,13 +34,6 @@ def opened(monkeypatch):
     real = module._look
     monkeypatch.setattr(module, "_look", lambda source, row: (names.append(row.name), real(source, row))[1])
     return names
-
-
-@pytest.fixture
-def later(monkeypatch):
-    """Some seconds after the pictures were written: nothing can have changed within the grain of the clock."""
-    now = time.time() + 10
-    monkeypatch.setattr(time, "time", lambda: now)
 
 
 def look(folder: Path, **settings) -> list[dict]:
