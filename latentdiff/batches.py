@@ -32,7 +32,7 @@ class Batches:
         moments, hidden_states: the frozen networks' results.
         vae_config: `vae.config`, for the latents' scale.
         num_train_timesteps: T of the noise schedule.
-        seed, caption_dropout, random_flip, noise_offset: of the run.
+        seed, caption_dropout, random_flip, noise_offset, shuffle_buffer: of the run.
         micro_batch, accumulation, processes, process: pictures per micro-batch and process, micro-batches per
             optimizer step, number of processes and which one this is.
         device: where the batches go.
@@ -54,6 +54,7 @@ class Batches:
         processes: int = 1,
         process: int = 0,
         noise_offset: float = 0.0,
+        shuffle_buffer: int | None = None,
         device: torch.device | str = "cpu",
     ):
         self._moments, self._hidden_states = moments, hidden_states
@@ -66,7 +67,7 @@ class Batches:
         trained = np.flatnonzero(~pictures.held_out).astype(np.int32)
         epoch = np.repeat(trained, pictures.repeats[trained])
         buckets = [epoch[pictures.size_of[epoch] == size] for size in range(len(pictures.sizes))]
-        self._order = BucketOrder(buckets, self.global_batch, seed)
+        self._order = BucketOrder(buckets, self.global_batch, seed, shuffle_buffer)
 
     @property
     def epoch_length(self) -> int:

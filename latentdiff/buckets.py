@@ -40,12 +40,12 @@ class BucketOrder:
     Args:
         buckets: the rows of each, repeats counted; empty ones are left out.
         batch: B, samples per optimizer step on all processes together.
-        seed: of the run.
+        seed, shuffle_buffer: of the run, as in `data_order`.
     """
 
-    def __init__(self, buckets: Sequence[np.ndarray], batch: int, seed: int):
+    def __init__(self, buckets: Sequence[np.ndarray], batch: int, seed: int, shuffle_buffer: int | None = None):
         self._buckets = [rows for rows in buckets if len(rows)]
-        self._batch, self._seed = batch, seed
+        self._batch, self._seed, self._shuffle_buffer = batch, seed, shuffle_buffer
         self.epoch_length = sum(map(len, self._buckets))
         self._steps_of = lru_cache(maxsize=2)(self._draw_steps)
 
@@ -57,8 +57,10 @@ class BucketOrder:
         steps = self._steps_of(epoch)
         bucket = steps[place]
         rows = self._buckets[bucket]
-        first = epoch * len(rows) // self._batch + np.count_nonzero(steps[:place] == bucket)
-        order = random_streams.data_order(self._seed, int(first) * self._batch, self._batch, len(rows), int(bucket))
+        first = epoch * len(rows) // self._batch + int(np.count_nonzero(steps[:place] == bucket))
+        order = random_streams.data_order(
+            self._seed, first * self._batch, self._batch, len(rows), self._shuffle_buffer, int(bucket)
+        )
         return rows[order.numpy()].tolist()
 
     def _steps_before(self, epoch: int) -> int:

@@ -57,8 +57,8 @@ class TrainConfig:
 
     # ---- data
     train_data_dir: str | None = None
-    """A folder of pictures with a .txt beside each, or with a metadata.jsonl or .csv of `file_name` and `text`; without
-    it and without `dataset_name` the embedded emoji are trained."""
+    """A folder of pictures with a .txt beside each, or with a metadata.jsonl or .csv of `file_name` and `text`, or of
+    WebDataset tars; without it and without `dataset_name` the embedded emoji are trained."""
     dataset_name: str | None = None
     """A data set on the Hub, or the path of one (parquet, arrow, or a folder as above)."""
     dataset_config_name: str | None = None
@@ -85,6 +85,9 @@ class TrainConfig:
     aspect_ratio_buckets: bool = False
     """Keep about the shape of each picture, up to 2:1, instead of making it a square: the area of the square is kept,
     and the pictures of a step are of one shape."""
+    shuffle_buffer: int | None = None
+    """Draw the order of the pictures within windows of this many that lie one behind the other instead of among all,
+    for tars that are read without a cache from a disk that is slow at random; best tens of thousands."""
     held_out_fraction: float = 0.0
     """Share of one's own pictures kept from training to measure the held-out loss; the emoji have a fixed split."""
     cache_dir: str | None = None
@@ -197,6 +200,8 @@ class TrainConfig:
         for name in ("aspect_ratio_buckets", "crops_per_picture"):
             if self.uses_emoji and getattr(self, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name}: is for one's own pictures; the embedded emoji are all square")
+        if self.shuffle_buffer is not None and self.uses_emoji:
+            raise ConfigError("shuffle_buffer: is for one's own pictures; the embedded emoji are in memory")
         if self.crops_per_picture > 1 and not self.center_crop:
             raise ConfigError("crops_per_picture: has no effect on pictures that are stretched (--no-center_crop)")
         if self.cache_text == "always" and not self.cache_latents:
@@ -271,7 +276,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("caption_dropout", "held_out_fraction", "max_rejected_fraction"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is not within 0 and 1")
-    for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution", "lora_rank"):
+    for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution", "lora_rank",
+                 "shuffle_buffer"):  # fmt: skip
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
     for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):

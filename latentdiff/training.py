@@ -207,6 +207,7 @@ def load_data(
         processes=accelerator.num_processes,
         process=accelerator.process_index,
         noise_offset=config.noise_offset,
+        shuffle_buffer=config.shuffle_buffer,
         device=accelerator.device,
         **shared,
     )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,28 @@ def shard_keys(path: Path) -> torch.Tensor:
     return load_file(path)["keys"]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_tars_train_what_their_pictures_in_a_folder_train(train, own_pictures, tmp_path, cached):
+    """Another picture's bytes, or another's caption; and without a cache a run over tars must resume, too."""
+    (tmp_path / "tars").mkdir()
+    lines = [json.loads(line) for line in (own_pictures / "metadata.jsonl").read_text().splitlines()]
+    for number, half in enumerate((lines[:4], lines[4:])):
+        with tarfile.open(tmp_path / "tars" / f"shard-{number}.tar", "w") as tar:
+            for line in half:
+                (tmp_path / "caption").write_text(line["text"])
+                tar.add(own_pictures / line["file_name"], line["file_name"])
+                tar.add(tmp_path / "caption", line["file_name"].replace(".png", ".txt"))
+    buffered = {"cache_latents": cached, "shuffle_buffer": 4, "train_batch_size": 4}
+    folder = train(train_data_dir=str(own_pictures), output_dir=str(tmp_path / "folder"), **buffered)
+    tars = {"train_data_dir": str(tmp_path / "tars"), **buffered}
+    whole = train(output_dir=str(tmp_path / "whole"), **tars)
+    assert losses(folder) == losses(whole) and weights(folder) == weights(whole)
+    train(**tars, max_train_steps=2, checkpointing_steps=2)
+    assert weights(train(**tars, resume_from_checkpoint="latest")) == weights(whole)
+    anew = train(**{**tars, "shuffle_buffer": None}, output_dir=str(tmp_path / "another order"))
+    assert losses(anew) != losses(whole)
+
+
 # ---- folders and disks as people have them --------------------------------------------------------------------------
 
 
@@ -297,6 +320,8 @@ def test_the_list_of_pictures_is_not_pushed():
         ({"cache_text": "always", "cache_latents": False}, "cache_text: 'always' contradicts"),
         ({"cache_text": "yes"}, "cache_text: 'yes' is not what it may be: 'auto', 'always', 'never'"),
         ({"train_data_dir": None, "aspect_ratio_buckets": True}, "aspect_ratio_buckets: is for one's own pictures"),
+        ({"train_data_dir": None, "shuffle_buffer": 100}, "shuffle_buffer: is for one's own pictures"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer: 0 is below 1"),
         ({"train_data_dir": None, "crops_per_picture": 2}, "crops_per_picture: is for one's own pictures"),
     ],
 )
