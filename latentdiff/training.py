@@ -221,13 +221,11 @@ def _load_pictures(config: TrainConfig, accelerator: Accelerator, resolution: in
         if resolution != emoji.RESOLUTION:
             raise ConfigError(f"resolution: the embedded emoji are {emoji.RESOLUTION} pixels wide, not {resolution}")
         return EmojiPictures(config.max_train_samples)
-    with accelerator.local_main_process_first():  # the others find its data set on disk
-        source = open_source(config)
-    if accelerator.is_local_main_process:
-        survey(config, source, _cache_folder(config) / "seen.sqlite")
+    if accelerator.is_local_main_process:  # with a source of its own: what it reads of the data does not stay in memory
+        survey(config, open_source(config), _cache_folder(config) / "seen.sqlite")
     accelerator.wait_for_everyone()
     sizes = bucket_sizes(resolution, multiple) if config.aspect_ratio_buckets else [(resolution, resolution)]
-    return OwnPictures(config, source, sizes)
+    return OwnPictures(config, open_source(config), sizes)
 
 
 def _cache_folder(config: TrainConfig) -> Path:

@@ -8,11 +8,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
+LINES = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
+]
+NAMES = dict(line.split("=") for line in LINES if re.match(r"[A-Z]+=", line))
+COMMANDS = [
+    re.sub(r"\$([A-Z]+)", lambda name: NAMES[name[1]], line) for line in LINES if line.split("=")[0] not in NAMES
 ]
 
 
@@ -31,6 +35,8 @@ def test_commands_are_understood(command, monkeypatch):
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif words[0] == "source":
+        assert words[1].removesuffix("/bin/activate") in (ROOT / "Makefile").read_text()
     elif words[0].endswith("latentdiff"):
         from latentdiff.cli import parse
 
