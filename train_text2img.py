@@ -18,6 +18,8 @@ from latentdiff.config import TrainConfig
 from latentdiff.divergence import DivergenceWatch
 from latentdiff.ema import EMA
 from latentdiff.finishing import finish
+from latentdiff.models import trained_model
+from latentdiff.optimizers import check_same_optimizer, make_optimizer
 from latentdiff.preflight import say_first_look
 from latentdiff.stopping import StopSignals
 from latentdiff.training import (
@@ -27,7 +29,6 @@ from latentdiff.training import (
     learning_rate_at,
     load_data,
     load_networks,
-    make_optimizer,
     optimizer_steps,
     start,
     training_loss,
@@ -37,7 +38,11 @@ from latentdiff.training import (
 def main(config: TrainConfig) -> None:
     accelerator, output_dir = start(config)
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
+    carried = saved_extra(checkpoint) if checkpoint else {}
+    check_same_optimizer(config, carried)
     parts, unet, scheduler = load_networks(config)
+    model = trained_model(parts, unet)
+    optimizer = make_optimizer(config, model)
     pushes = BackgroundPush(config, parts, unet, scheduler) if accelerator.is_main_process else None
     data = load_data(config, accelerator, parts, unet, scheduler)
     if accelerator.is_main_process:
@@ -45,37 +50,35 @@ def main(config: TrainConfig) -> None:
     total_steps = optimizer_steps(config, data.batches)
     learning_rate = learning_rate_at(config, total_steps)
 
-    optimizer = make_optimizer(config, unet)
-    ema = EMA(unet.to(accelerator.device), config.ema_decay) if config.use_ema else None
-    save_weights_as_diffusers_does(accelerator, unet, ema)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema = EMA(model.to(accelerator.device), config.ema_decay) if config.use_ema else None
+    save_weights_as_diffusers_does(accelerator, model, ema)
+    model, optimizer = accelerator.prepare(model, optimizer)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     log = RunLog(config, accelerator, first_step)
     validation = Validation(config, accelerator, parts, scheduler, data.held_out_loss, ema, log)
-    carried = saved_extra(checkpoint) if checkpoint else {}
     progress = Progress(config, accelerator, log, first_step, total_steps, carried.get("losses", []))
     watch = DivergenceWatch(accelerator, data.batches, carried.get("skipped_steps", 0))
 
     if first_step == 0:
-        validation(accelerator.unwrap_model(unet), 0)
-    unet.train()
+        validation(accelerator.unwrap_model(model), 0)
+    model.train()
     with progress, StopSignals(accelerator) as stop:
         for step in range(first_step, total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
             for micro_step in range(config.gradient_accumulation_steps):
-                with accelerator.accumulate(unet):
-                    loss = training_loss(unet, scheduler, data.batches.at(step, micro_step), config).mean()
+                with accelerator.accumulate(model):
+                    loss = training_loss(model, scheduler, data.batches.at(step, micro_step), config).mean()
                     accelerator.backward(loss)
                     progress.add(loss)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
             done = step + 1  # optimizer steps: the one clock that users see
             watch.add(done, grad_norm)
             if ema is not None:
-                ema.update(accelerator.unwrap_model(unet), done)
+                ema.update(accelerator.unwrap_model(model), done)
             stops = stop.requested(done) and done < total_steps
             saves = done % config.checkpointing_steps == 0 or stops
             validates = done % config.validation_steps == 0 or done == total_steps
@@ -83,9 +86,10 @@ def main(config: TrainConfig) -> None:
                 watch.check()
             progress.step(done, learning_rate=learning_rate(step), **watch.measures)
             if validates:
-                validation(accelerator.unwrap_model(unet), done)
+                validation(accelerator.unwrap_model(model), done)
             if saves:  # after the validation: a run killed between the two would go on without it
                 extra = {"losses": progress.pending, "skipped_steps": watch.skipped_steps}
+                extra |= {"optimizer": config.optimizer}
                 saved = save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit, extra)
                 if pushes and done < total_steps:
                     pushes.start(saved, done)
@@ -94,7 +98,7 @@ def main(config: TrainConfig) -> None:
 
     if pushes:
         pushes.wait()
-    finish(config, accelerator, parts, accelerator.unwrap_model(unet), ema, scheduler)
+    finish(config, accelerator, parts, accelerator.unwrap_model(model), ema, scheduler)
 
 
 if __name__ == "__main__":

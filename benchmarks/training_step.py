@@ -21,7 +21,8 @@ from latentdiff.ema import EMA
 from latentdiff.latents import to_pixels
 from latentdiff.losses import denoising_loss
 from latentdiff.models import encode_prompt
-from latentdiff.training import load_data, load_networks, make_optimizer
+from latentdiff.optimizers import make_optimizer
+from latentdiff.training import load_data, load_networks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ class BackgroundPush:
 
     Args:
         config: of the run.
-        parts, unet, scheduler: what the pushed folder is made of; its UNet is replaced by each checkpoint's.
+        parts, unet, scheduler: what the pushed folder is made of; what is trained of it is replaced by each
+            checkpoint's.
 
     Raises:
         PushError: the run is to push, and there is no token or it may not write there: better known now than at the
@@ -57,10 +58,13 @@ class BackgroundPush:
         """Begin to push what `checkpoint` holds."""
         if not self._config.push_to_hub or (self._thread and self._thread.is_alive()):
             return
-        averaged = checkpoint / "unet_ema"
         shutil.rmtree(self._weights, ignore_errors=True)
-        # The checkpoint may be removed before the push is through.
-        shutil.copytree(averaged if averaged.is_dir() else checkpoint / "unet", self._weights, copy_function=_link)
+        for name in ("unet", "text_encoder"):
+            averaged = checkpoint / f"{name}_ema"
+            folder = averaged if averaged.is_dir() else checkpoint / name
+            if folder.is_dir():  # the text encoder is trained in some runs only
+                # The checkpoint may be removed before the push is through.
+                shutil.copytree(folder, self._weights / name, copy_function=_link)
         self._thread = threading.Thread(target=self._push, args=(step,), daemon=True)
         self._thread.start()
 
@@ -74,7 +78,7 @@ class BackgroundPush:
         try:
             if not self._is_lora:
                 self._assemble()
-            folder = self._weights if self._is_lora else self._model
+            folder = self._weights / "unet" if self._is_lora else self._model
             name, private = repo_name(self._config), self._config.hub_private
             push_folder(folder, name, private=private, commit_message=f"Step {step}")
         except PushError as error:
@@ -83,8 +87,9 @@ class BackgroundPush:
             tqdm.write(f"step {step}: not pushed ({type(error).__name__}); the next checkpoint will be pushed instead")
 
     def _assemble(self) -> None:
-        shutil.rmtree(self._model / "unet")
-        shutil.copytree(self._weights, self._model / "unet")
+        for folder in self._weights.iterdir():
+            shutil.rmtree(self._model / folder.name)
+            shutil.copytree(folder, self._model / folder.name)
         settle_configurations(self._model)
         if self._config.save_dtype == "fp16":
             for path in self._model.rglob("*.safetensors"):

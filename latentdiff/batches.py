@@ -21,7 +21,8 @@ class Batch:
     latents: torch.Tensor  # (B, C, h, w) scaled
     noise: torch.Tensor  # (B, C, h, w)
     timesteps: torch.Tensor  # (B,) int64
-    encoder_hidden_states: torch.Tensor  # (B, L, D)
+    encoder_hidden_states: torch.Tensor | None  # (B, L, D); None where the text encoder is trained, too
+    captions: list[str]  # B, "" where the caption is dropped
 
 
 class Batches:
@@ -29,7 +30,7 @@ class Batches:
 
     Args:
         pictures: rows, their sizes and repeats, and which are held out.
-        moments, hidden_states: the frozen networks' results.
+        moments, hidden_states: the frozen networks' results; without hidden states the batches have none.
         vae_config: `vae.config`, for the latents' scale.
         num_train_timesteps: T of the noise schedule.
         seed, caption_dropout, random_flip, noise_offset, shuffle_buffer: of the run.
@@ -42,7 +43,7 @@ class Batches:
         self,
         pictures: CaptionedPictures,
         moments: Moments,
-        hidden_states: HiddenStates,
+        hidden_states: HiddenStates | None,
         *,
         vae_config,
         num_train_timesteps: int,
@@ -62,7 +63,8 @@ class Batches:
         self._seed, self._caption_dropout, self._random_flip = seed, caption_dropout, random_flip
         self._micro_batch, self._processes, self._process = micro_batch, processes, process
         self._noise_offset, self._device = noise_offset, device
-        self._caption_counts, self._crops, self.name = pictures.caption_counts, pictures.crops, pictures.name
+        self._captions, self._caption_counts = pictures.captions, pictures.caption_counts
+        self._crops, self.name = pictures.crops, pictures.name
         self.global_batch = micro_batch * accumulation * processes
         trained = np.flatnonzero(~pictures.held_out).astype(np.int32)
         epoch = np.repeat(trained, pictures.repeats[trained])
@@ -99,7 +101,8 @@ class Batches:
             latents=latents,
             noise=self._noise(step, shape)[mine],
             timesteps=timesteps.to(self._device),
-            encoder_hidden_states=self._hidden_states(rows, choices).to(self._device),
+            encoder_hidden_states=self._hidden_states and self._hidden_states(rows, choices).to(self._device),
+            captions=["" if i < 0 else self._captions[row][i] for row, i in zip(rows, choices, strict=True)],
         )
 
     def _draw_captions(self, rows: list[int], step: int, mine: slice) -> list[int]:

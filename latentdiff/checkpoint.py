@@ -1,6 +1,7 @@
 """Checkpoints that appear whole or not at all, and the choice of the one to go on from.
 
-accelerate saves what it prepared; the UNet and its average are written as diffusers writes a UNet. The step says the
+accelerate saves what it prepared; the UNet, a text encoder that is trained with it, and their averages are written as
+diffusers writes them. The step says the
 rest: every draw, the order of the data and the learning rate follow from it.
 """
 
@@ -12,13 +13,14 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from .config import ConfigError, RunStopped
 from .ema import EMA
 from .lora import has_lora, load_lora, save_lora
+from .models import networks_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,50 +123,59 @@ def _remove_what_is_aside(output_dir: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def save_weights_as_diffusers_does(accelerator: Accelerator, unet: UNet2DConditionModel, ema: EMA | None) -> None:
+def save_weights_as_diffusers_does(accelerator: Accelerator, model: torch.nn.Module, ema: EMA | None) -> None:
     """From now on a checkpoint holds `unet/` and `unet_ema/`, and both are read back from there: whole UNets, or LoRA
-    weights where the UNet has adapters.
+    weights where the UNet has adapters. So it is with `text_encoder/` where that is trained, too.
 
     Args:
-        unet: not yet prepared; its preparation keeps the module.
+        model: not yet prepared; its preparation keeps the module.
     """
+    networks = networks_of(model)
 
     def save(models: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
-            _save_weights(unet, Path(folder) / "unet")
+            _save_weights(networks, Path(folder))
             if ema is not None:
-                with ema.swapped_into(unet):
-                    _save_weights(unet, Path(folder) / "unet_ema")
+                with ema.swapped_into(model):
+                    _save_weights(networks, Path(folder), "_ema")
         weights.clear()  # else accelerate writes them a second time
 
     def load(models: list, folder: str) -> None:
+        if "text_encoder" not in networks and (Path(folder) / "text_encoder").is_dir():
+            raise ConfigError(f"resume_from_checkpoint: {folder} goes on with --train_text_encoder alone")
         if ema is not None:
-            _load_weights(unet, Path(folder) / "unet_ema")
-            ema.copy_from(unet)
-        _load_weights(unet, Path(folder) / "unet")
+            _load_weights(networks, Path(folder), "_ema")
+            ema.copy_from(model)
+        _load_weights(networks, Path(folder))
         models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def _save_weights(unet: UNet2DConditionModel, folder: Path) -> None:
-    if has_lora(unet):
-        save_lora(unet, folder)
-    else:
-        unet.save_pretrained(folder)
-
-
-def _load_weights(unet: UNet2DConditionModel, folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without use_ema?")
-    try:
-        if has_lora(unet):
-            load_lora(unet, folder)
+def _save_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix: str = "") -> None:
+    for name, network in networks.items():
+        folder = checkpoint / f"{name}{suffix}"
+        if has_lora(network):
+            save_lora(network, folder)
         else:
-            unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
-    except (RuntimeError, OSError, ValueError):  # names and shapes of hundreds of tensors
-        raise ConfigError(f"resume_from_checkpoint: {folder} holds another UNet than this run trains") from None
+            network.save_pretrained(folder)
+
+
+def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix: str = "") -> None:
+    for name, network in networks.items():
+        folder = checkpoint / f"{name}{suffix}"
+        if not folder.is_dir():
+            setting = "use_ema" if suffix else f"train_{name}"
+            raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without {setting}?")
+        try:
+            if has_lora(network):
+                load_lora(network, folder)
+            else:
+                network.load_state_dict(type(network).from_pretrained(folder).state_dict())
+        except (RuntimeError, OSError, ValueError):  # names and shapes of hundreds of tensors
+            what = "UNet" if name == "unet" else "text encoder"
+            raise ConfigError(f"resume_from_checkpoint: {folder} holds another {what} than this run trains") from None
 
 
 def damage(checkpoint: Path) -> str | None:

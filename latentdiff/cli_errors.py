@@ -33,8 +33,12 @@ def parse_train_config(argv: list[str] | None = None, prog: str | None = None) -
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="emoji64")
     first.add_argument("--config")
+    first.add_argument("--optimizer")  # decides which of a preset's settings hold
     chosen, rest = first.parse_known_args(argv)
-    values = preset(chosen.preset) | (read_config(chosen.config) if chosen.config else {})
+    given = read_config(chosen.config) if chosen.config else {}
+    if chosen.optimizer is not None:
+        given["optimizer"] = chosen.optimizer
+    values = preset(chosen.preset, given.get("optimizer", TrainConfig.optimizer)) | given
     return tyro.cli(
         TrainConfig,
         default=TrainConfig(**values),

@@ -51,9 +51,12 @@ class TrainConfig:
     """Train adapters of this rank (LoRA) on the attention of a pretrained UNet, and save them alone."""
     lora_alpha: float | None = None
     """Their strength, as alpha / rank; by default the rank."""
+    train_text_encoder: bool = False
+    """Train the text encoder with the UNet: captions are encoded in every step rather than once, and the text encoder
+    is averaged and saved as the UNet is."""
     gradient_checkpointing: bool = False
-    """Compute the UNet's activations a second time in the backward pass instead of keeping them: less memory, a slower
-    step, the same results."""
+    """Compute the activations of what is trained a second time in the backward pass instead of keeping them: less
+    memory, a slower step, the same results."""
 
     # ---- data
     train_data_dir: str | None = None
@@ -134,21 +137,26 @@ class TrainConfig:
     """Optimizer steps."""
     num_train_epochs: int | None = None
     """Passes over the data; where given, it decides the number of optimizer steps."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy"] = "adamw"
+    """What takes the steps. Beside AdamW, which keeps 8 bytes of each weight: its moments in 8 bits (2 bytes, needs
+    bitsandbytes); Adafactor (arXiv 1804.04235; sums over rows and columns instead of moments: next to nothing of a
+    matrix, 3 bytes of a 3x3 convolution's weight); Prodigy (arXiv 2306.06101; estimates the learning rate itself, 16
+    bytes, needs prodigyopt)."""
     learning_rate: float = 1e-4
-    """Peak of AdamW's learning rate."""
+    """Peak of the learning rate; with Prodigy, a factor on its own estimate, 1 in every preset."""
     lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "constant_with_warmup"
     """Course of the learning rate over the optimizer steps."""
     lr_warmup_steps: int = 200
     """Optimizer steps of linear warm-up."""
     adam_beta1: float = 0.9
-    """AdamW's first decay."""
+    """Decay of the first moment; Adafactor has none."""
     adam_beta2: float = 0.99
-    """AdamW's second decay."""
+    """Decay of the second moment; Adafactor's follows the step."""
     adam_weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """Weight decay, of every optimizer, as a factor on the learning rate."""
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon. A low `snr_gamma` makes gradients so small (1e-8 in the middle of the UNet, at 0.02) that the
-    usual value would halve the steps there."""
+    """Epsilon beside the second moment's root; Adafactor has none that matters. A low `snr_gamma` makes gradients so
+    small (1e-8 in the middle of the UNet, at 0.02) that the usual value would halve the steps there."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped."""
     use_ema: bool = True
@@ -206,11 +214,14 @@ class TrainConfig:
             raise ConfigError("crops_per_picture: has no effect on pictures that are stretched (--no-center_crop)")
         if self.cache_text == "always" and not self.cache_latents:
             raise ConfigError("cache_text: 'always' contradicts --no-cache_latents, which keeps nothing on disk")
+        if self.cache_text == "always" and self.train_text_encoder:
+            raise ConfigError("cache_text: 'always' contradicts --train_text_encoder, under which captions change")
         betas = (self.beta_start, self.beta_end)
         if self.beta_schedule == "squaredcos_cap_v2" and betas != (TrainConfig.beta_start, TrainConfig.beta_end):
             raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps != TrainConfig.lr_warmup_steps:
             raise ConfigError("lr_warmup_steps: has no effect with lr_scheduler constant; take constant_with_warmup")
+        _check_optimizer(self)
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ConfigError("lora_alpha: has no effect without --lora_rank")
         if self.lora_rank is not None:
@@ -234,6 +245,24 @@ class TrainConfig:
         path.write_text(yaml.safe_dump(plain, sort_keys=False))
 
 
+# Settings of Adam's moments that Adafactor has not.
+_ADAFACTOR_LACKS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer == "adafactor":
+        for name in _ADAFACTOR_LACKS:
+            if getattr(config, name) != getattr(TrainConfig, name):
+                raise ConfigError(
+                    f"{name}: {getattr(config, name)} has no effect with optimizer adafactor; leave it out"
+                )
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        raise ConfigError(
+            f"learning_rate: {config.learning_rate} is a factor on the rate that optimizer prodigy estimates; give one "
+            "near 1, at least 0.1"
+        )
+
+
 def _check_lora(config: TrainConfig) -> None:
     if config.unet != "pretrained":
         raise ConfigError(f"lora_rank: adapters stand on a pretrained UNet; unet is {config.unet!r}, not 'pretrained'")
@@ -242,6 +271,8 @@ def _check_lora(config: TrainConfig) -> None:
             "lora_rank: only the adapters are saved, so what they are used with keeps its own noise schedule; "
             "leave out prediction_type and rescale_betas_zero_snr"
         )
+    if config.train_text_encoder:
+        raise ConfigError("lora_rank: adapters are trained on the UNet alone; leave out train_text_encoder")
     if config.lora_alpha is not None and config.lora_alpha <= 0:
         raise ConfigError(f"lora_alpha: {config.lora_alpha} is not above 0")
 
@@ -309,15 +340,17 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def preset(name: str) -> dict:
-    """The settings of a preset.
+def preset(name: str, optimizer: str = TrainConfig.optimizer) -> dict:
+    """The settings of a preset, less those that the optimizer has not, and with the learning rate that Prodigy wants.
 
     Raises:
         ConfigError: unknown name.
     """
     if name not in PRESETS:
         raise ConfigError(f"preset: {name!r} is unknown; it may be {', '.join(map(repr, PRESETS))}")
-    return PRESETS[name]
+    lacks = _ADAFACTOR_LACKS if optimizer == "adafactor" else ()
+    rate = {"learning_rate": 1.0} if optimizer == "prodigy" else {}
+    return {setting: value for setting, value in PRESETS[name].items() if setting not in lacks} | rate
 
 
 def read_config(path: str) -> dict:

@@ -16,7 +16,7 @@ from .config import PRESETS, TrainConfig, packaged_checkpoint
 from .ema import EMA
 from .hub import model_card, push_folder
 from .lora import has_lora, save_lora
-from .models import FrozenParts
+from .models import FrozenParts, UNetWithTextEncoder, networks_of
 from .pipelines.text2img import LatentDiffPipeline
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
@@ -46,7 +46,7 @@ def finish(
     config: TrainConfig,
     accelerator: Accelerator,
     parts: FrozenParts,
-    unet: UNet2DConditionModel,
+    model: UNet2DConditionModel | UNetWithTextEncoder,
     ema: EMA | None,
     scheduler: DDPMScheduler,
 ) -> None:
@@ -54,7 +54,8 @@ def finish(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
-            ema.copy_to(unet)
+            ema.copy_to(model)
+        unet = networks_of(model)["unet"]
         half = config.save_dtype == "fp16"
         if has_lora(unet):
             save_lora(unet, Path(config.output_dir), torch.float16 if half else torch.float32)

@@ -21,13 +21,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from .config import TrainConfig
 from .data import CaptionedPictures
 from .latents import encode_moments, to_pixels
-from .models import FrozenParts, hide_loading_bars
+from .models import FrozenParts, hide_loading_bars, trained_model
+from .optimizers import make_optimizer, state_bytes
 from .training import (
     Data,
     load_data,
     load_networks,
     make_accelerator,
-    make_optimizer,
     make_output_dir,
     optimizer_steps,
     training_loss,
@@ -61,12 +61,14 @@ def check(config: TrainConfig, say: Callable[[str], None] = print) -> bool:
     hide_loading_bars()
     accelerator = make_accelerator(replace(config, report_to="none"))
     parts, unet, scheduler = load_networks(config)
+    model = trained_model(parts, unet)
+    optimizer = make_optimizer(config, model)
     data = load_data(config, accelerator, parts, unet, scheduler)
     parts.to(accelerator.device)
     findings = chain(
         first_look(config, parts, unet, data),
         _vae(parts.vae, data.pictures, accelerator.device),
-        _steps(config, accelerator, unet, scheduler, data),
+        _steps(config, accelerator, model, optimizer, scheduler, data),
     )
     warnings = 0
     for finding in findings:
@@ -93,9 +95,9 @@ def first_look(config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionMod
         counts = zip(pictures.sizes, np.bincount(pictures.size_of, minlength=len(pictures.sizes)), strict=True)
         yield Finding("buckets: " + ", ".join(f"{w}x{h}: {n:,}" for (w, h), n in counts if n))
     yield _captions(parts.tokenizer, pictures)
-    if config.cache_latents:
+    if config.cache_latents and data.hidden_states is not None:
         yield _text(data)
-    yield _disk(config, unet)
+    yield _disk(config, trained_model(parts, unet))
 
 
 def _captions(tokenizer, pictures: CaptionedPictures) -> Finding:
@@ -127,10 +129,10 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _disk(config: TrainConfig, unet: UNet2DConditionModel) -> Finding:
-    """A checkpoint holds the trained weights, AdamW's two moments of each and the average, all in fp32."""
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    each = 4 * trained * (4 if config.use_ema else 3)
+def _disk(config: TrainConfig, model: torch.nn.Module) -> Finding:
+    """A checkpoint holds the trained weights, their average, both in fp32, and the optimizer's state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    each = 4 * sum(p.numel() for p in trained) * (2 if config.use_ema else 1) + state_bytes(config.optimizer, trained)
     # One more than are kept: the new one is whole before an old one goes.
     kept = config.checkpoints_total_limit or max(1, config.max_train_steps // config.checkpointing_steps)
     needed, free = each * (kept + 1), shutil.disk_usage(config.output_dir).free
@@ -190,19 +192,20 @@ class _LargestActivation:
 def _steps(
     config: TrainConfig,
     accelerator: Accelerator,
-    unet: UNet2DConditionModel,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
     scheduler,
     data: Data,
 ) -> Iterator[Finding]:
     """A few real optimizer steps, whose result is thrown away."""
-    unet, optimizer = accelerator.prepare(unet, make_optimizer(config, unet))
-    unet.train()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
     seconds = []
     for step in range(STEPS_TIMED + 1):
         started = time.perf_counter()
         for micro_step in range(config.gradient_accumulation_steps):
-            with accelerator.accumulate(unet):
-                loss = training_loss(unet, scheduler, data.batches.at(step, micro_step), config).mean()
+            with accelerator.accumulate(model):
+                loss = training_loss(model, scheduler, data.batches.at(step, micro_step), config).mean()
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

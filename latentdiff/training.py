@@ -26,7 +26,16 @@ from .latent_cache import HiddenStates, Moments
 from .latents import downsampling_factor
 from .lora import add_lora
 from .losses import denoising_loss, min_snr_weight, training_target
-from .models import FrozenParts, build_unet, hide_loading_bars, load_frozen, load_unet
+from .models import (
+    FrozenParts,
+    UNetWithTextEncoder,
+    build_unet,
+    hide_loading_bars,
+    load_frozen,
+    load_unet,
+    networks_of,
+    with_trained_text_encoder,
+)
 from .scheduling_ddpm import DDPMScheduler
 from .survey import survey
 from .validation import HeldOutLoss, validation_pictures
@@ -82,10 +91,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionModel, DDPMScheduler]:
-    """The frozen parts, the UNet in fp32 and the noise schedule.
+    """The parts around the UNet, the UNet in fp32 and the noise schedule.
 
     Raises:
-        ConfigError: a part is missing, or the UNet does not fit the VAE or the text encoder.
+        ConfigError: a part is missing, the UNet does not fit the VAE or the text encoder, or that cannot be trained.
     """
     source = config.pretrained_model_name_or_path
     parts = load_frozen(source, config.revision, config.variant)
@@ -111,6 +120,8 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
         unet.set_attn_processor(AttnProcessor())
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if config.train_text_encoder:
+        parts = with_trained_text_encoder(parts, config.gradient_checkpointing)
     if config.lora_rank is not None:
         add_lora(unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
     return parts, unet, scheduler
@@ -164,7 +175,7 @@ class Data:
 
     pictures: CaptionedPictures
     moments: Moments
-    hidden_states: HiddenStates
+    hidden_states: HiddenStates | None
     batches: Batches
     held_out_loss: HeldOutLoss
 
@@ -188,8 +199,9 @@ def load_data(
     parts.to(accelerator.device)
     folder = _cache_folder(config) if config.cache_latents else None
     moments = Moments(pictures, parts.vae, config.random_flip, folder)
-    hidden_states = HiddenStates(pictures, parts)
-    if folder and _worth_keeping(config.cache_text, hidden_states.bytes, moments.bytes):
+    # Of a text encoder that changes there is nothing to keep.
+    hidden_states = None if config.train_text_encoder else HiddenStates(pictures, parts)
+    if folder and hidden_states and _worth_keeping(config.cache_text, hidden_states.bytes, moments.bytes):
         hidden_states.keep(folder)
         parts.text_encoder.to("cpu")  # until validation it only takes up the device's memory
     if folder:
@@ -265,25 +277,18 @@ def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], f
     return lambda step: config.learning_rate * factor(step + 1 if step < config.lr_warmup_steps else step)
 
 
-def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel) -> torch.optim.AdamW:
-    """AdamW over the UNet's parameters that are trained, all updated in one fused kernel."""
-    return torch.optim.AdamW(
-        [p for p in unet.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- in the loop
 
 
-def training_loss(unet: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
-    """The weighted loss of each sample of a batch in what the UNet predicts -> (B,)."""
+def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
+    """The weighted loss of each sample of a batch in what the UNet predicts -> (B,).
+
+    Args:
+        model: the UNet, or one with a text encoder in front of it, for batches without hidden states.
+    """
     noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    model_output = unet(noisy_latents, batch.timesteps, batch.encoder_hidden_states).sample
+    text = batch.captions if batch.encoder_hidden_states is None else batch.encoder_hidden_states
+    model_output = model(noisy_latents, batch.timesteps, text).sample
     kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
     losses = denoising_loss(model_output, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
     if config.snr_gamma is not None:
@@ -385,18 +390,18 @@ class Validation:
         self._scheduler, self._held_out_loss, self._ema, self._log = scheduler, held_out_loss, ema, log
         self._folder = Path(config.output_dir) / "validation"
 
-    def __call__(self, unet: UNet2DConditionModel, done: int) -> None:
-        """Measure and draw after optimizer step number `done`; the UNet's own weights are back afterwards."""
+    def __call__(self, model: UNet2DConditionModel | UNetWithTextEncoder, done: int) -> None:
+        """Measure and draw after optimizer step number `done`; the model's own weights are back afterwards."""
         if not self._accelerator.is_main_process:
             return
-        with self._ema.swapped_into(unet) if self._ema else nullcontext():
+        with self._ema.swapped_into(model) if self._ema else nullcontext():
             if self._held_out_loss.pictures:
-                self._measure(unet, done)
+                self._measure(model, done)
             if self._config.validation_prompts and done:  # before the first step there is nothing to see
-                self._draw(unet, done)
+                self._draw(networks_of(model)["unet"], done)
 
-    def _measure(self, unet: UNet2DConditionModel, done: int) -> None:
-        loss = self._held_out_loss(unet, self._scheduler, autocast=self._accelerator.autocast)
+    def _measure(self, model: torch.nn.Module, done: int) -> None:
+        loss = self._held_out_loss(model, self._scheduler, autocast=self._accelerator.autocast)
         self._log(done, {"held_out_loss": loss})
         tqdm.write(f"step {done}: held-out loss {loss:.4f}")
 

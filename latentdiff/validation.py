@@ -14,6 +14,7 @@ from .grid import labelled_grid
 from .latent_cache import HiddenStates, Moments
 from .latents import sample_latents
 from .losses import denoising_loss, training_target
+from .models import UNetWithTextEncoder
 
 TIMESTEPS_PER_PICTURE = 8
 
@@ -25,7 +26,8 @@ class HeldOutLoss:
     cover 0 .. T-1 evenly, with noise that is the same at every call. Without held-out pictures there is no loss.
 
     Args:
-        pictures, moments, hidden_states: as in `Batches`; rows marked `held_out` are measured, `max_pictures` at most.
+        pictures, moments, hidden_states: as in `Batches`; without hidden states the model is given captions. Rows
+            marked `held_out` are measured, `max_pictures` at most.
         vae_config: `vae.config`.
         num_train_timesteps: T.
     """
@@ -34,7 +36,7 @@ class HeldOutLoss:
         self,
         pictures: CaptionedPictures,
         moments: Moments,
-        hidden_states: HiddenStates,
+        hidden_states: HiddenStates | None,
         *,
         vae_config,
         num_train_timesteps: int,
@@ -49,33 +51,44 @@ class HeldOutLoss:
         # One timestep from each of `count` equal strata, dealt out to the pictures in a drawn order.
         strata = (torch.arange(count) + 0.5) / count * num_train_timesteps
         timesteps = strata.long()[torch.randperm(count, generator=generator)]
-        self._groups = []  # pictures of one size each: latents, noise, timesteps, hidden states, and whose they are
+        self._groups = []  # pictures of one size each: latents, noise, timesteps, text, and whose they are
         for size in np.unique(pictures.size_of[rows]):
             places = np.flatnonzero(pictures.size_of[rows] == size)
             mean, std = moments(rows[places].tolist())
             latents = sample_latents(vae_config, mean, std, torch.randn(mean.shape, generator=generator))
             of = torch.arange(len(places)).repeat(TIMESTEPS_PER_PICTURE)
             noise = torch.randn(len(of), *mean.shape[1:], generator=generator)
-            hidden = hidden_states(rows[places].tolist(), [0] * len(places))
-            self._groups.append((latents, noise, timesteps[: len(of)], hidden, of))
+            if hidden_states is None:
+                text = [pictures.captions[row][0] for row in rows[places].tolist()]
+            else:
+                text = hidden_states(rows[places].tolist(), [0] * len(places))
+            self._groups.append((latents, noise, timesteps[: len(of)], text, of))
             timesteps = timesteps[len(of) :]
 
     @torch.no_grad()
-    def __call__(self, unet: UNet2DConditionModel, scheduler, batch_size: int = 64, autocast=nullcontext) -> float:
-        """The mean over pictures and timesteps, under the UNet's present weights."""
-        was_training, device = unet.training, unet.device
-        unet.eval()
+    def __call__(
+        self, model: UNet2DConditionModel | UNetWithTextEncoder, scheduler, batch_size: int = 64, autocast=nullcontext
+    ) -> float:
+        """The mean over pictures and timesteps, under the model's present weights."""
+        was_training, device = model.training, model.device
+        model.eval()
         losses = []
-        for all_latents, all_noise, all_timesteps, all_hidden, of in self._groups:
+        for all_latents, all_noise, all_timesteps, all_text, of in self._groups:
             for part in torch.arange(len(of)).split(batch_size):
-                latents, hidden = all_latents[of[part]].to(device), all_hidden[of[part]].to(device)
+                latents, text = all_latents[of[part]].to(device), _text_of(all_text, of[part], device)
                 noise, timesteps = all_noise[part].to(device), all_timesteps[part].to(device)
                 with autocast():
-                    output = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
+                    output = model(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
                 kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
                 losses.append(denoising_loss(output, training_target(kind, latents, noise, abar, timesteps)).cpu())
-        unet.train(was_training)
+        model.train(was_training)
         return float(torch.cat(losses).mean())
+
+
+def _text_of(text: torch.Tensor | list[str], pictures: torch.Tensor, device: torch.device) -> torch.Tensor | list[str]:
+    if isinstance(text, list):
+        return [text[i] for i in pictures.tolist()]
+    return text[pictures].to(device)
 
 
 def validation_pictures(

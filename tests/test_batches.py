@@ -19,6 +19,7 @@ class Toy:
     """
 
     def __init__(self, count: int = 10, held_out=(), repeats=None, size_of=None, crops: int = 1):
+        self.captions = [[str(10 * row + choice) for choice in (1, 2, 3)] for row in range(count)]
         self.caption_counts = np.full(count, 3)
         self.repeats = np.array(repeats or [1] * count)
         self.held_out = np.array([row in held_out for row in range(count)])
@@ -39,17 +40,19 @@ class Toy:
         return torch.tensor(said).view(-1, 1, 1)
 
 
+OPTIONS = {
+    "vae_config": CONFIG,
+    "num_train_timesteps": 1000,
+    "seed": 0,
+    "caption_dropout": 0.1,
+    "random_flip": False,
+    "micro_batch": 8,
+}
+
+
 def batches(toy: Toy | None = None, **settings) -> Batches:
     toy = toy or Toy()
-    options = {
-        "vae_config": CONFIG,
-        "num_train_timesteps": 1000,
-        "seed": 0,
-        "caption_dropout": 0.1,
-        "random_flip": False,
-        "micro_batch": 8,
-    }
-    return Batches(toy, toy.moments, toy.hidden_states, **{**options, **settings})
+    return Batches(toy, toy.moments, toy.hidden_states, **OPTIONS | settings)
 
 
 def captions(batch: Batch) -> list[int]:
@@ -57,6 +60,19 @@ def captions(batch: Batch) -> list[int]:
 
 
 FIELDS = ("latents", "noise", "timesteps", "encoder_hidden_states")
+
+
+def test_captions_are_those_of_the_hidden_states():
+    """A text encoder that is trained too would read other captions than a frozen one, or the dropped ones."""
+    toy = Toy()
+    frozen = batches(toy, caption_dropout=0.5)
+    trained = Batches(toy, toy.moments, None, **OPTIONS | {"caption_dropout": 0.5})
+    for step in range(3):
+        batch, same = trained.at(step), frozen.at(step)
+        assert batch.encoder_hidden_states is None and batch.captions == same.captions
+        assert [int(said or 0) for said in batch.captions] == captions(same)
+        for field in ("latents", "noise", "timesteps"):
+            assert torch.equal(getattr(batch, field), getattr(same, field))
 
 
 @pytest.mark.parametrize(

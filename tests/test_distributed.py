@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 import kill_stress
 
@@ -31,7 +33,7 @@ def start(inputs, output: Path, processes: int, **changes) -> subprocess.Popen:
         "train_batch_size": 8 // processes, "learning_rate": 1e-4, "lr_warmup_steps": 3, "logging_steps": 1,
         "checkpointing_steps": 25, "validation_steps": 25, "held_out_fraction": 0.1, "report_to": "none", **changes,
     }  # fmt: skip
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value)) if word != "True"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,6 +78,24 @@ def test_two_processes_train_what_one_trains(inputs, two, tmp_path):
         assert len(one) == len(log(two)) == STEPS + 3
         for ours, theirs in zip(log(two), one, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+def test_two_processes_train_both_networks_as_one_does(inputs, tmp_path):
+    """The gradients of the text encoder would stay with the process that computed them, or arrive twice."""
+    joint = {"train_text_encoder": True, "max_train_steps": 10, "checkpointing_steps": 10, "validation_steps": 5}
+    two = run(inputs, tmp_path / "2 x 4", processes=2, **joint)
+    for name, settings in (
+        ("1 x 8", {}),
+        ("1 x 4 x 2", {"train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ):
+        one = log(run(inputs, tmp_path / name, processes=1, **joint, **settings))
+        assert len(one) == len(log(two)) == 10 + 3
+        for ours, theirs in zip(log(two), one, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5), name
+    resumed = run(inputs, tmp_path / "2 x 4", processes=2, **joint, resume_from_checkpoint="latest")
+    assert log(resumed) == log(two)
+    before, after = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (inputs[0], two))
+    assert all(torch.isfinite(t).all() and not torch.equal(t, before[name]) for name, t in after.items())
 
 
 def test_the_folder_loads_in_diffusers(two):

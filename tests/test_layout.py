@@ -33,6 +33,7 @@ ALLOWED = {
     "latent_cache": {"latents", "data", "models", "entry_store"},
     "divergence": {"config", "batches"},
     "lora": {"config"},
+    "optimizers": {"config"},
     "batches": {"random_streams", "data", "guidance", "latent_cache", "latents", "buckets"},
 }
 TRAVELLERS = [*PACKAGE.glob("scheduling_*.py"), PACKAGE / "noise_schedule.py", *(ROOT / "pipelines").glob("*.py")]

@@ -100,7 +100,7 @@ def test_a_vae_that_overflows_in_fp16_is_named(settings, tiny_pipeline_folder, t
     assert found.startswith("warning") and "keep it in fp32 or bf16" in found
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_ema": False}, {"lora_rank": 4}])
+@pytest.mark.parametrize("changes", [{}, {"use_ema": False}, {"lora_rank": 4}, {"train_text_encoder": True}])
 def test_the_size_of_a_checkpoint_is_what_one_takes(script, settings, tmp_path, changes):
     config = TrainConfig(**{**settings, **changes, "max_train_steps": 1, "checkpointing_steps": 1,
                             "validation_prompts": (), "report_to": "none"})  # fmt: skip

@@ -19,16 +19,19 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load, load_file
+from transformers import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 import kill_stress
 from conftest import _HUB, make_pictures, reset_accelerate
 from hub_server import TOKEN, USER
-from latentdiff import background_push
+from latentdiff import LatentDiffPipeline, background_push
 from latentdiff.cli_errors import run_training
 from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.hub import PushError
 from latentdiff.models import fingerprint, load_frozen, load_unet
 from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
+from latentdiff.validation import validation_pictures
 from test_data import hostile_folder
 
 SCRIPT = kill_stress.SCRIPT
@@ -41,11 +44,13 @@ def losses(folder: Path, key: str = "loss") -> dict[int, float]:
 
 
 def weights(folder: Path, part: str = "unet") -> bytes:
-    return (folder / part / "diffusion_pytorch_model.safetensors").read_bytes()
+    (file,) = (folder / part).glob("*.safetensors")
+    return file.read_bytes()
 
 
 def parameters(folder: Path, part: str = "unet") -> list[torch.Tensor]:
-    return [p.detach() for p in UNet2DConditionModel.from_pretrained(folder / part).parameters()]
+    kind = CLIPTextModel if part.rpartition("/")[2].startswith("text_encoder") else UNet2DConditionModel
+    return [p.detach() for p in kind.from_pretrained(folder / part).parameters()]
 
 
 def checkpoints(folder: Path) -> set[str]:
@@ -278,15 +283,22 @@ def test_latest(train):
     assert checkpoints(run) == {"checkpoint-2", "checkpoint-4", "checkpoint-9"}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypatch, accumulation):
+@pytest.mark.parametrize(
+    ("settings_of_it", "needs"),
+    [
+        ({}, "torch"),
+        ({"train_batch_size": 4, "gradient_accumulation_steps": 2}, "torch"),
+        ({"optimizer": "adafactor"}, "transformers"),
+        ({"optimizer": "adamw_8bit"}, "bitsandbytes"),
+        ({"optimizer": "prodigy", "learning_rate": 1.0}, "prodigyopt"),
+        ({"train_text_encoder": True}, "torch"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypatch, settings_of_it, needs):
     """Order of the data, noise, learning rate, optimizer or average would start again at a resume."""
-    changes = {
-        "train_batch_size": 8 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "checkpointing_steps": 2,
-        "random_flip": True,
-    }
+    pytest.importorskip(needs)
+    changes = {"checkpointing_steps": 2, "random_flip": True, **settings_of_it}
+    accumulation = changes.get("gradient_accumulation_steps", 1)
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
 
     real, calls = script.training_loss, []
@@ -303,7 +315,9 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
     monkeypatch.undo()
     resumed = train(output_dir=str(tmp_path / "killed"), resume_from_checkpoint="latest", **changes)
     assert losses(resumed) == losses(whole) and list(losses(whole)) == [1, 2, 3, 4]
-    for part in ("unet", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
+    parts = [path.parent.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    assert len(parts) == (11 if changes.get("train_text_encoder") else 7)
+    for part in parts:
         assert weights(resumed, part) == weights(whole, part), part
 
 
@@ -430,6 +444,97 @@ def test_gradient_checkpointing_changes_no_result(script, train, tmp_path, monke
     assert asked and losses(plain) == losses(less) and weights(plain) == weights(less)
 
 
+# ---- the text encoder too -------------------------------------------------------------------------------------------
+
+
+def test_one_joint_step_is_adamw_on_both_clipped_gradients(train, settings, tmp_path):
+    """The text encoder would learn on other captions, at another rate, clipped alone, or not at all."""
+    changes = {"max_train_steps": 1, "checkpointing_steps": 1, "max_grad_norm": 0.05, "caption_dropout": 0.3}
+    frozen = train(output_dir=str(tmp_path / "frozen"), **changes)
+    run = train(train_text_encoder=True, **changes)
+    # The cache encodes 16 captions at a time, a step those of its batch: the sums may differ in their last bits.
+    assert losses(run)[1] == pytest.approx(losses(frozen)[1], rel=1e-6)
+
+    source = settings["pretrained_model_name_or_path"]
+    batch = batch_of(TrainConfig(**{**settings, **changes, "train_text_encoder": True}))
+    tokenizer = load_frozen(source).tokenizer
+    assert batch.encoder_hidden_states is None and 0 < batch.captions.count("") < 8
+    pipeline = StableDiffusionPipeline.from_pretrained(source)
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    tokens = tokenizer(batch.captions, padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+    noisy = PeerScheduler.from_config(pipeline.scheduler.config).add_noise(batch.latents, batch.noise, batch.timesteps)
+    output = unet(noisy, batch.timesteps, encoder_hidden_states=text_encoder(tokens.input_ids)[0]).sample
+    loss = ((output - batch.noise) ** 2).mean()
+    loss.backward()
+    assert losses(run)[1] == pytest.approx(loss.item(), rel=1e-5)
+    both = [*unet.parameters(), *text_encoder.parameters()]
+    torch.nn.utils.clip_grad_norm_(both, 0.05)
+    # Three steps of warm-up: the first has a third of the learning rate.
+    torch.optim.AdamW(both, lr=1e-3 / 3, betas=(0.9, 0.99), weight_decay=0.0).step()
+    for part, network in (("unet", unet), ("text_encoder", text_encoder)):
+        trained = parameters(run, f"checkpoint-1/{part}")
+        for ours, wanted in zip(trained, network.parameters(), strict=True):
+            # Where the gradient is about eps or less, its sign is rounding; everywhere else the step is exact.
+            clear = wanted.grad.abs() > 1e-6
+            torch.testing.assert_close(ours[clear], wanted.detach()[clear], rtol=1e-5, atol=2e-6)
+    assert weights(run, "checkpoint-1/text_encoder") != weights(Path(source), "text_encoder")
+
+
+def test_the_trained_text_encoder_is_averaged_measured_drawn_with_and_saved(train, settings, tmp_path):
+    """Validation would see the text encoder of the start, or the finished folder hold it, or plain weights."""
+    changes = {"held_out_fraction": 0.3, "validation_prompts": ("a cat",), "validation_inference_steps": 2}
+    run = train(train_text_encoder=True, checkpointing_steps=4, validation_steps=2, learning_rate=1e-2, **changes)
+    assert weights(run, "text_encoder") == weights(run, "checkpoint-4/text_encoder_ema")
+    assert weights(run, "text_encoder") != weights(run, "checkpoint-4/text_encoder")
+    before = load_frozen(settings["pretrained_model_name_or_path"])
+    after = load_frozen(str(run))
+    assert fingerprint(before.vae) == fingerprint(after.vae)
+    assert fingerprint(before.text_encoder) != fingerprint(after.text_encoder)
+    assert np.isfinite(draws(run)).all()
+
+    # A run from the finished folder begins where this one ended: under its averages.
+    there = train(output_dir=str(tmp_path / "on"), pretrained_model_name_or_path=str(run), max_train_steps=1, **changes)
+    ours, begun = losses(run, "held_out_loss"), losses(there, "held_out_loss")
+    assert ours[4] == pytest.approx(begun[0], rel=1e-6) and ours[4] != pytest.approx(ours[0], rel=1e-4)
+    pipeline = LatentDiffPipeline.from_pretrained(run)
+    drawn = validation_pictures(pipeline, ("a cat",), seed=0, num_inference_steps=2, guidance_scale=4.0)
+    assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(run / "validation" / "step-0000004.png")))
+
+
+def test_gradient_checkpointing_of_both_changes_no_result(train, tmp_path, monkeypatch):
+    """The text encoder would not be asked to, or not do it since it is in eval mode, or with other numbers."""
+    calls, real = [], CLIPMLP.forward
+    monkeypatch.setattr(CLIPMLP, "forward", lambda *args: (calls.append(1), real(*args))[1])
+    changes = {"train_text_encoder": True, "max_train_steps": 2}
+    plain = train(output_dir=str(tmp_path / "plain"), **changes)
+    once = len(calls)
+    less = train(output_dir=str(tmp_path / "less"), gradient_checkpointing=True, **changes)
+    assert once == 2 * 3 and len(calls) - once == 2 * once  # steps x layers, and each a second time
+    for part in ("unet", "text_encoder"):
+        assert weights(plain, part) == weights(less, part)
+    assert losses(plain) == losses(less)
+
+
+def test_joint_training_that_makes_no_sense_is_refused(train, settings, tmp_path):
+    """Adapters would be saved without the text encoder they were trained with; a dropout drawn from no seed; or a
+    trained text encoder be left behind at a resume."""
+    with pytest.raises(ConfigError, match="lora_rank: .*train_text_encoder"):
+        TrainConfig(unet="pretrained", lora_rank=4, train_text_encoder=True)
+    with pytest.raises(ConfigError, match="cache_text: .*train_text_encoder"):
+        TrainConfig(cache_text="always", train_text_encoder=True)
+    model = shutil.copytree(settings["pretrained_model_name_or_path"], tmp_path / "model")
+    config = json.loads((model / "text_encoder" / "config.json").read_text())
+    (model / "text_encoder" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    with pytest.raises(ConfigError, match="train_text_encoder: .*attention_dropout 0.1"):
+        train(train_text_encoder=True, pretrained_model_name_or_path=str(model))
+    changes = {"max_train_steps": 2, "checkpointing_steps": 2}
+    for first, message in ((True, "with --train_text_encoder alone"), (False, "made without")):
+        output = str(tmp_path / f"{first}")
+        train(output_dir=output, train_text_encoder=first, **changes)
+        with pytest.raises(ConfigError, match=f"resume_from_checkpoint: .*{message}"):
+            train(output_dir=output, train_text_encoder=not first, resume_from_checkpoint="latest", **changes)
+
+
 # ---- the finished folder --------------------------------------------------------------------------------------------
 
 
@@ -486,8 +591,8 @@ class AtOnce:
         """There is nothing to wait for."""
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monkeypatch, capsys, lora_rank):
+@pytest.mark.parametrize("trained", [{}, {"lora_rank": 2}, {"train_text_encoder": True}])
+def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monkeypatch, capsys, trained):
     """A run would wait for the Hub, end when it cannot be reached, or push other weights than the average's."""
     real, steps = background_push.push_folder, []
 
@@ -499,7 +604,7 @@ def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monk
 
     monkeypatch.setattr(background_push, "push_folder", sometimes)
     monkeypatch.setattr(background_push, "threading", SimpleNamespace(Thread=AtOnce))
-    changes = {"checkpointing_steps": 1, "save_dtype": "fp16", "lora_rank": lora_rank}
+    changes, lora_rank = {"checkpointing_steps": 1, "save_dtype": "fp16", **trained}, trained.get("lora_rank")
     plain = train(output_dir=str(tmp_path / "plain"), **changes)
     run = train(output_dir=str(tmp_path / "run"), push_to_hub=True, hub_model_id=f"{USER}/cats", **changes)
     assert steps == ["Step 1", "Step 2", "Step 3"]
@@ -518,6 +623,10 @@ def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monk
             (tmp_path / "third" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "third" / name).write_bytes(content)
         assert draws(tmp_path / "third").shape == (16, 16, 3)
+    if "train_text_encoder" in trained:
+        average = load_file(run / "checkpoint-3" / "text_encoder_ema" / "model.safetensors")
+        pushed = load(third["text_encoder/model.safetensors"])
+        assert all(torch.equal(pushed[name], average[name].half()) for name in average)
 
 
 def test_a_disk_without_links_is_no_reason_to_end_a_run(tmp_path, monkeypatch):
