@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
+from PIL import UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .config import ConfigError, TrainConfig
@@ -135,6 +136,8 @@ def _look(source: Source, row: Row) -> Look:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
             return Look(sha256, *open_upright(stream).size)
+    except UnidentifiedImageError:
+        return Look(problem="it cannot be read as a picture (of no format that is known here)")
     except Exception as error:  # Pillow raises many kinds for a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Look(problem=f"it cannot be read as a picture ({reason})")
