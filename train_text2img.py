@@ -50,9 +50,9 @@ def main(config: TrainConfig) -> None:
     total_steps = optimizer_steps(config, data.batches)
     learning_rate = learning_rate_at(config, total_steps)
 
-    ema = EMA(model.to(accelerator.device), config.ema_decay) if config.use_ema else None
-    save_weights_as_diffusers_does(accelerator, model, ema)
     model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMA(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
+    save_weights_as_diffusers_does(accelerator, accelerator.unwrap_model(model), ema)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     log = RunLog(config, accelerator, first_step)
     validation = Validation(config, accelerator, parts, scheduler, data.held_out_loss, ema, log)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from .config import ConfigError, RunStopped
 from .ema import EMA
 from .lora import has_lora, load_lora, save_lora
 from .models import networks_of
+from .sharding import load_whole, whole_network
 
 logger = logging.getLogger(__name__)
 
@@ -128,16 +130,15 @@ def save_weights_as_diffusers_does(accelerator: Accelerator, model: torch.nn.Mod
     weights where the UNet has adapters. So it is with `text_encoder/` where that is trained, too.
 
     Args:
-        model: not yet prepared; its preparation keeps the module.
+        model: as prepared, without what accelerate wraps around it.
     """
     networks = networks_of(model)
 
     def save(models: list, weights: list, folder: str) -> None:
-        if accelerator.is_main_process:
-            _save_weights(networks, Path(folder))
-            if ema is not None:
-                with ema.swapped_into(model):
-                    _save_weights(networks, Path(folder), "_ema")
+        _save_weights(accelerator, networks, Path(folder))
+        if ema is not None:
+            with ema.swapped_into(model):
+                _save_weights(accelerator, networks, Path(folder), "_ema")
         weights.clear()  # else accelerate writes them a second time
 
     def load(models: list, folder: str) -> None:
@@ -153,13 +154,17 @@ def save_weights_as_diffusers_does(accelerator: Accelerator, model: torch.nn.Mod
     accelerator.register_load_state_pre_hook(load)
 
 
-def _save_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix: str = "") -> None:
+def _save_weights(
+    accelerator: Accelerator, networks: dict[str, torch.nn.Module], checkpoint: Path, suffix: str = ""
+) -> None:
     for name, network in networks.items():
-        folder = checkpoint / f"{name}{suffix}"
-        if has_lora(network):
-            save_lora(network, folder)
+        whole = whole_network(network)  # from all processes
+        if not accelerator.is_main_process:
+            continue
+        if has_lora(whole):
+            save_lora(whole, checkpoint / f"{name}{suffix}")
         else:
-            network.save_pretrained(folder)
+            whole.save_pretrained(checkpoint / f"{name}{suffix}")
 
 
 def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix: str = "") -> None:
@@ -168,11 +173,12 @@ def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix
         if not folder.is_dir():
             setting = "use_ema" if suffix else f"train_{name}"
             raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without {setting}?")
+        kind = UNet2DConditionModel if name == "unet" else type(network)  # a sharded one is of a class of its own
         try:
             if has_lora(network):
                 load_lora(network, folder)
             else:
-                network.load_state_dict(type(network).from_pretrained(folder).state_dict())
+                load_whole(network, kind.from_pretrained(folder).state_dict())
         except (RuntimeError, OSError, ValueError):  # names and shapes of hundreds of tensors
             what = "UNet" if name == "unet" else "text encoder"
             raise ConfigError(f"resume_from_checkpoint: {folder} holds another {what} than this run trains") from None

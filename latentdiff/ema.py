@@ -5,12 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
+from .sharding import own_part
+
 
 class EMA:
     """A running average, in float32, of those of a module's parameters that are trained.
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that early averages are not held back by the
-    initial weights.
+    initial weights. Of a sharded module each process averages what it holds.
 
     Args:
         module: whose parameters that require gradients are averaged; the average starts from them.
@@ -50,5 +52,5 @@ class EMA:
                 torch._foreach_copy_(_trained(module), kept)
 
 
-def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
+def _trained(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [own_part(p) for p in module.parameters() if p.requires_grad]

@@ -20,6 +20,7 @@ from .models import FrozenParts, UNetWithTextEncoder, networks_of
 from .pipelines.text2img import LatentDiffPipeline
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
+from .sharding import whole_network
 
 
 def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> LatentDiffPipeline:
@@ -52,10 +53,10 @@ def finish(
 ) -> None:
     """Save the finished model with its model card in the output folder, and push it where that is wanted."""
     accelerator.wait_for_everyone()
+    if ema is not None:
+        ema.copy_to(model)
+    unet = whole_network(networks_of(model)["unet"])  # from all processes
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(model)
-        unet = networks_of(model)["unet"]
         half = config.save_dtype == "fp16"
         if has_lora(unet):
             save_lora(unet, Path(config.output_dir), torch.float16 if half else torch.float32)

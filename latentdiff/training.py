@@ -37,6 +37,7 @@ from .models import (
     with_trained_text_encoder,
 )
 from .scheduling_ddpm import DDPMScheduler
+from .sharding import ShardingAccelerator, is_sharded, parts_put_back, sharding_plugin
 from .survey import survey
 from .validation import HeldOutLoss, validation_pictures
 
@@ -73,13 +74,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator that the settings ask for, with its tracker started.
 
     Raises:
-        ConfigError: the precision is not to be had here, or the tracker is unknown.
+        ConfigError: the precision or the way to shard is not to be had here, or the tracker is unknown.
     """
+    plugin = sharding_plugin(config)
     tracker, output_dir = None if config.report_to == "none" else config.report_to, config.output_dir
     try:
-        accelerator = Accelerator(
+        accelerator = ShardingAccelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
+            fsdp_plugin=plugin,
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         )
@@ -87,6 +90,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             accelerator.init_trackers("latentdiff")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"mixed_precision or report_to: {str(error).splitlines()[0]}") from None
+    if plugin and not accelerator.is_fsdp2:
+        raise ConfigError("accelerate's use_fsdp: there are no GPUs, or no processes of its launcher, to shard over")
     return accelerator
 
 
@@ -391,10 +396,13 @@ class Validation:
         self._folder = Path(config.output_dir) / "validation"
 
     def __call__(self, model: UNet2DConditionModel | UNetWithTextEncoder, done: int) -> None:
-        """Measure and draw after optimizer step number `done`; the model's own weights are back afterwards."""
-        if not self._accelerator.is_main_process:
+        """Measure and draw after optimizer step number `done`; the model's own weights are back afterwards.
+
+        All processes call it. Those of a sharded UNet compute the same together, and the main one keeps the result.
+        """
+        if not (self._accelerator.is_main_process or is_sharded(model)):
             return
-        with self._ema.swapped_into(model) if self._ema else nullcontext():
+        with self._ema.swapped_into(model) if self._ema else nullcontext(), parts_put_back(model):
             if self._held_out_loss.pictures:
                 self._measure(model, done)
             if self._config.validation_prompts and done:  # before the first step there is nothing to see
@@ -403,7 +411,8 @@ class Validation:
     def _measure(self, model: torch.nn.Module, done: int) -> None:
         loss = self._held_out_loss(model, self._scheduler, autocast=self._accelerator.autocast)
         self._log(done, {"held_out_loss": loss})
-        tqdm.write(f"step {done}: held-out loss {loss:.4f}")
+        if self._accelerator.is_main_process:
+            tqdm.write(f"step {done}: held-out loss {loss:.4f}")
 
     def _draw(self, unet: UNet2DConditionModel, done: int) -> None:
         homes = [(part, part.device) for part in (self._parts.vae, self._parts.text_encoder)]
@@ -418,6 +427,8 @@ class Validation:
             )
         for part, device in homes:
             part.to(device)
+        if not self._accelerator.is_main_process:
+            return
         self._folder.mkdir(exist_ok=True)
         grid.save(self._folder / f"step-{done:07d}.png")
         for tracker in self._accelerator.trackers:

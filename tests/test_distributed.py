@@ -24,7 +24,16 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     return kill_stress.make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def start(inputs, output: Path, processes: int, **changes) -> subprocess.Popen:
+def start(
+    inputs,
+    output: Path,
+    processes: int,
+    *,
+    script=(kill_stress.SCRIPT,),
+    words=("--validation_prompts",),
+    env=(),
+    **changes,
+) -> subprocess.Popen:
     """The script as users launch it on several processes of one machine."""
     model, pictures = inputs
     settings = {
@@ -39,9 +48,8 @@ def start(inputs, output: Path, processes: int, **changes) -> subprocess.Popen:
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
     return subprocess.Popen(
-        [sys.executable, *(launch if processes > 1 else []), kill_stress.SCRIPT, *flags, "--random_flip",
-         "--validation_prompts"],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, *(launch if processes > 1 else []), *script, *flags, "--random_flip", *words],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **dict(env)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
