@@ -1,6 +1,7 @@
 """What the loop trains on at (step, micro-batch): everything that is drawn follows from the seed, the step and the
 global sample index, so it is the same on any number of processes and after any resume."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ class Batch:
     noise: torch.Tensor  # (B, C, h, w)
     timesteps: torch.Tensor  # (B,) int64
     encoder_hidden_states: torch.Tensor | None  # (B, L, D); None where the text encoder is trained, too
-    captions: list[str]  # B, "" where the caption is dropped
+    captions: list[str] | None  # B for a text encoder that is trained, "" where the caption is dropped
 
 
 class Batches:
@@ -62,6 +63,10 @@ class Batches:
         self._vae_config, self._num_train_timesteps = vae_config, num_train_timesteps
         self._seed, self._caption_dropout, self._random_flip = seed, caption_dropout, random_flip
         self._micro_batch, self._processes, self._process = micro_batch, processes, process
+        self._accumulation, self._ahead = accumulation, {}
+        # What has to be encoded is not: two networks at a time would take the device from each other.
+        kept = moments.kept and (hidden_states is None or hidden_states.kept)
+        self._reader = ThreadPoolExecutor(1) if kept else None
         self._noise_offset, self._device = noise_offset, device
         self._captions, self._caption_counts = pictures.captions, pictures.caption_counts
         self._crops, self.name = pictures.crops, pictures.name
@@ -81,29 +86,46 @@ class Batches:
         return self._order.rows(step)
 
     def at(self, step: int, micro_step: int = 0) -> Batch:
-        """This process's share of micro-batch `micro_step` of optimizer step `step`, both counted from 0."""
-        whole = self.global_batch
-        first = (micro_step * self._processes + self._process) * self._micro_batch
-        mine = slice(first, first + self._micro_batch)
-        rows = self.rows_at(step)[mine]
+        """This process's share of micro-batch `micro_step` of optimizer step `step`, both counted from 0.
 
-        flips = ((self._uniform("flip", step)[mine] < 0.5) & self._random_flip).tolist()
-        crops = (self._uniform("crop", step)[mine] * self._crops).int().tolist()
-        mean, std = (moment.to(self._device) for moment in self._moments(rows, crops, flips))
+        Where the data come from the cache, those of the micro-batch after it are read meanwhile.
+        """
+        data = self._ahead.pop((step, micro_step), None)
+        mean, std, hidden_states, captions = data.result() if data else self._read(step, micro_step)
+        if self._reader:
+            after = (step, micro_step + 1) if micro_step + 1 < self._accumulation else (step + 1, 0)
+            self._ahead = {after: self._reader.submit(self._read, *after)}
+
+        whole, mine = self.global_batch, self._mine(micro_step)
         shape = (whole, *mean.shape[1:])
-        latents = sample_latents(self._vae_config, mean, std, self._normal("posterior", step, shape)[mine])
-
-        timesteps = torch.randint(
-            self._num_train_timesteps, (whole,), generator=self._generator("timesteps", step, "cpu")
-        )[mine]
-        choices = self._draw_captions(rows, step, mine)
+        posterior_noise = self._normal("posterior", step, shape)[mine]
+        drawn = self._generator("timesteps", step, "cpu")
+        timesteps = torch.randint(self._num_train_timesteps, (whole,), generator=drawn)[mine]
         return Batch(
-            latents=latents,
+            latents=sample_latents(self._vae_config, mean.to(self._device), std.to(self._device), posterior_noise),
             noise=self._noise(step, shape)[mine],
             timesteps=timesteps.to(self._device),
-            encoder_hidden_states=self._hidden_states and self._hidden_states(rows, choices).to(self._device),
-            captions=["" if i < 0 else self._captions[row][i] for row, i in zip(rows, choices, strict=True)],
+            encoder_hidden_states=None if hidden_states is None else hidden_states.to(self._device),
+            captions=captions,
         )
+
+    def _read(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list | None]:
+        """The moments, and the captions' hidden states or where there are none the captions themselves."""
+        mine = self._mine(micro_step)
+        rows = self.rows_at(step)[mine]
+        flips = ((self._uniform("flip", step)[mine] < 0.5) & self._random_flip).tolist()
+        crops = (self._uniform("crop", step)[mine] * self._crops).int().tolist()
+        choices = self._draw_captions(rows, step, mine)
+        moments = self._moments(rows, crops, flips)
+        if self._hidden_states is not None:
+            return *moments, self._hidden_states(rows, choices), None
+        said = ["" if i < 0 else self._captions[row][i] for row, i in zip(rows, choices, strict=True)]
+        return *moments, None, said
+
+    def _mine(self, micro_step: int) -> slice:
+        """This process's share of what is drawn for the whole step."""
+        first = (micro_step * self._processes + self._process) * self._micro_batch
+        return slice(first, first + self._micro_batch)
 
     def _draw_captions(self, rows: list[int], step: int, mine: slice) -> list[int]:
         """For each row the number of one of its captions, -1 (the empty one) where it is dropped."""

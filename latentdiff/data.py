@@ -11,7 +11,8 @@ import math
 import mmap
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -129,15 +130,16 @@ class OwnPictures:
 
     Args:
         config: names the output folder with the list, and says how pictures are cropped.
-        source: opens the pictures' files.
+        open_source: what reads the pictures' files; not called before one is asked for, since tables take memory.
         sizes: widths and heights to bring the pictures to; each takes the one nearest to its own shape.
 
     Attributes:
         enlarged: how many are smaller than their size.
     """
 
-    def __init__(self, config: TrainConfig, source: Source, sizes: Sequence[tuple[int, int]]):
-        self._source, self._stretch, self.crops = source, not config.center_crop, config.crops_per_picture
+    def __init__(self, config: TrainConfig, open_source: Callable[[], Source], sizes: Sequence[tuple[int, int]]):
+        self._source = cache(open_source)
+        self._stretch, self.crops = not config.center_crop, config.crops_per_picture
         self._list = open(Path(config.output_dir) / PICTURES, "rb")  # noqa: SIM115 - kept open
         self.sizes, self.enlarged = list(sizes), 0
         shapes = np.log([width / height for width, height in sizes])
@@ -166,7 +168,7 @@ class OwnPictures:
         """
         line = self.line(row)
         try:
-            file = self._source.open(line["place"])
+            file = self._source().open(line["place"])
             content = file.read_bytes() if isinstance(file, Path) else file.read()
         except (OSError, ValueError) as error:
             raise RunStopped(f"{line['name']} can no longer be read ({error})") from error

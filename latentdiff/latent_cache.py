@@ -43,6 +43,11 @@ class Moments:
             self._positions = self._store.fill(as_keys(self._keys()), self._encode, "encoding pictures", kinds)
             self.bytes = self._store.bytes_of(self._positions)
 
+    @property
+    def kept(self) -> bool:
+        """Whether they are read from the disk."""
+        return self._store is not None
+
     def __call__(
         self, rows: Sequence[int], crops: Sequence[int] | None = None, flips: Sequence[bool] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,8 +104,11 @@ def _captions(tokenizer, pictures: CaptionedPictures) -> Finding:
     limit = tokenizer.model_max_length
     captions = list(islice(dict.fromkeys(chain.from_iterable(pictures.captions)), CAPTIONS_LOOKED_AT))
     # A token is at least one letter: beyond so many letters the rest is cut whatever it says.
-    tokens = tokenizer([caption[: 50 * limit] for caption in captions], verbose=False).input_ids
-    cut = [(caption, ids) for caption, ids in zip(captions, tokens, strict=True) if len(ids) > limit]
+    cut = []
+    for start in range(0, len(captions), 1000):  # a thousand at a time: the tokens of all take a hundred megabytes
+        some = captions[start : start + 1000]
+        tokens = tokenizer([caption[: 50 * limit] for caption in some], verbose=False).input_ids
+        cut += [(caption, ids) for caption, ids in zip(some, tokens, strict=True) if len(ids) > limit]
     if not cut:
         return Finding(f"captions: {len(captions):,} different ones, all within the tokenizer's {limit} tokens")
     caption, ids = cut[0]

@@ -54,7 +54,7 @@ def sharding_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | Non
         raise ConfigError("train_text_encoder: is not sharded; launch it with DDP, without FSDP")
     if config.optimizer != "adamw":
         raise ConfigError(f"optimizer: {config.optimizer!r} does not know sharded weights; FSDP goes with 'adamw'")
-    # transformers would leave the frozen text encoder's buffers empty on all processes but the first.
+    # Under it transformers 5.10 gives all processes but the first zeros; nothing would send them the text encoder.
     disable_fsdp_ram_efficient_loading()
     return plugin
 

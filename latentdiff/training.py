@@ -242,7 +242,7 @@ def _load_pictures(config: TrainConfig, accelerator: Accelerator, resolution: in
         survey(config, open_source(config), _cache_folder(config) / "seen.sqlite")
     accelerator.wait_for_everyone()
     sizes = bucket_sizes(resolution, multiple) if config.aspect_ratio_buckets else [(resolution, resolution)]
-    return OwnPictures(config, open_source(config), sizes)
+    return OwnPictures(config, lambda: open_source(config), sizes)
 
 
 def _cache_folder(config: TrainConfig) -> Path:

@@ -40,6 +40,17 @@ class Toy:
         return torch.tensor(said).view(-1, 1, 1)
 
 
+class Source:
+    """Such a function, as what it stands for: read from a cache or not."""
+
+    def __init__(self, function, kept: bool):
+        self._function, self.kept, self.asked = function, kept, []
+
+    def __call__(self, *args):
+        self.asked.append(args)
+        return self._function(*args)
+
+
 OPTIONS = {
     "vae_config": CONFIG,
     "num_train_timesteps": 1000,
@@ -50,9 +61,10 @@ OPTIONS = {
 }
 
 
-def batches(toy: Toy | None = None, **settings) -> Batches:
+def batches(toy: Toy | None = None, kept: bool = True, **settings) -> Batches:
     toy = toy or Toy()
-    return Batches(toy, toy.moments, toy.hidden_states, **OPTIONS | settings)
+    moments, hidden_states = Source(toy.moments, kept), Source(toy.hidden_states, kept)
+    return Batches(toy, moments, hidden_states, **OPTIONS | settings)
 
 
 def captions(batch: Batch) -> list[int]:
@@ -66,10 +78,10 @@ def test_captions_are_those_of_the_hidden_states():
     """A text encoder that is trained too would read other captions than a frozen one, or the dropped ones."""
     toy = Toy()
     frozen = batches(toy, caption_dropout=0.5)
-    trained = Batches(toy, toy.moments, None, **OPTIONS | {"caption_dropout": 0.5})
+    trained = Batches(toy, Source(toy.moments, True), None, **OPTIONS | {"caption_dropout": 0.5})
     for step in range(3):
         batch, same = trained.at(step), frozen.at(step)
-        assert batch.encoder_hidden_states is None and batch.captions == same.captions
+        assert batch.encoder_hidden_states is None and same.captions is None
         assert [int(said or 0) for said in batch.captions] == captions(same)
         for field in ("latents", "noise", "timesteps"):
             assert torch.equal(getattr(batch, field), getattr(same, field))
@@ -127,6 +139,20 @@ def test_a_step_can_be_asked_for_in_any_order():
     for step in reversed(range(5)):
         again = backwards.at(step)
         assert all(torch.equal(getattr(again, field), getattr(wanted[step], field)) for field in FIELDS)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_is_read_ahead_is_what_comes_next(accumulation):
+    """A step would train on the data of another, or every step wait for the disk."""
+    toy, settings = Toy(), {"accumulation": accumulation, "micro_batch": 4, "random_flip": True}
+    ahead, anew = batches(toy, **settings), batches(toy, kept=False, **settings)
+    turns = [(step, micro_step) for step in range(5) for micro_step in range(accumulation)]
+    for turn in turns:
+        ours, theirs = ahead.at(*turn), anew.at(*turn)
+        assert all(torch.equal(getattr(ours, field), getattr(theirs, field)) for field in FIELDS)
+    ahead._reader.shutdown()
+    assert len(ahead._moments.asked) == len(turns) + 1  # each once, and the one that would come next
+    assert len(anew._moments.asked) == len(turns)
 
 
 def test_steps_and_seeds_differ():

@@ -43,7 +43,7 @@ def own(folder, tmp_path, sizes=((8, 8),), **settings) -> OwnPictures:
 def surveyed(config: TrainConfig, sizes=((8, 8),)) -> OwnPictures:
     source = open_source(config)
     survey(config, source, Path(config.output_dir) / "seen.sqlite")
-    return OwnPictures(config, source, sizes)
+    return OwnPictures(config, lambda: source, sizes)
 
 
 def test_a_folder_with_metadata(tmp_path):

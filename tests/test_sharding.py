@@ -7,16 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-import test_distributed
 import torch
+from accelerate.utils import parse_flag_from_env
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from test_distributed import log
 
 import kill_stress
+import test_distributed
 from latentdiff.config import ConfigError, TrainConfig, preset
 from latentdiff.sharding import sharding_plugin
+from test_distributed import log
 
 STEPS = 20
 # What `accelerate launch` sets for fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and its default of
@@ -28,8 +29,10 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 ON_CPU = (Path(__file__).with_name("fsdp2_on_cpu.py"), kill_stress.SCRIPT)
-# Without the cache every process needs its own text encoder; the prompt makes all of them draw.
+# Without the cache every process needs its own text encoder, the prompt makes all of them draw, and the gradient's norm
+# is above the limit at most steps.
 SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": 5, "validation_steps": 10, "validation_inference_steps": 2}
+SETTINGS |= {"max_grad_norm": 0.3}
 WORDS = ("--no-cache_latents", "--gradient_checkpointing", "--validation_prompts", "a cat")
 
 
@@ -168,6 +171,8 @@ def test_a_run_that_diverges_stops(inputs, tmp_path):
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "TRANSFORMER_BASED_WRAP"),
         ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "TRANSFORMER_BASED_WRAP"),
         ({}, {"lora_rank": 4}, "lora_rank.*DDP"),
+        ({}, {"train_text_encoder": True}, "train_text_encoder.*DDP"),
+        ({}, {"optimizer": "adafactor", "adam_beta2": TrainConfig.adam_beta2}, "optimizer: 'adafactor'.*'adamw'"),
     ],
 )
 def test_what_cannot_be_shared_right_is_refused(monkeypatch, environment, changes, said):
@@ -175,8 +180,18 @@ def test_what_cannot_be_shared_right_is_refused(monkeypatch, environment, change
     for name, value in {**FSDP2, **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"^(accelerate's )?.*{said}") as refused:
-        sharding_plugin(TrainConfig(**preset("finetune"), **changes))
+        sharding_plugin(TrainConfig(**{**preset("finetune"), **changes}))
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_frozen_networks_are_loaded_on_every_process(monkeypatch):
+    """With fsdp_cpu_ram_efficient_loading, accelerate's default, transformers 5.10 fills them with zeros on all but the
+    first, whose captions would then all be the same to the UNet. The UNet itself is sent to the others, and may."""
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    plugin = sharding_plugin(TrainConfig())
+    assert plugin.cpu_ram_efficient_loading
+    assert not parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 def test_cpus_are_refused(monkeypatch, tmp_path):
