@@ -142,9 +142,8 @@ class EntryStore:
 
     def _encode(self, keys: np.ndarray, mine: np.ndarray, encode: Encode, description: str, kinds) -> None:
         kinds = np.zeros(len(keys), np.int8) if kinds is None else kinds
-        with tqdm(
-            total=len(mine), desc=description, unit="entry", disable=not PartialState().is_local_main_process
-        ) as bar:
+        silent = not (len(mine) and PartialState().is_local_main_process)
+        with tqdm(total=len(mine), desc=description, unit="entry", disable=silent) as bar:
             for kind in np.unique(kinds[mine]):
                 waiting, since = [], time.monotonic()
                 of_kind = mine[kinds[mine] == kind]
@@ -177,7 +176,10 @@ class EntryStore:
     def _remove_damaged(self) -> None:
         """The processes of a machine share the work, which reads every byte."""
         state, processes = PartialState(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        for path in sorted(self._folder.glob("*.safetensors"))[state.local_process_index :: processes]:
+        mine = sorted(self._folder.glob("*.safetensors"))[state.local_process_index :: processes]
+        for path in tqdm(
+            mine, desc="verifying the cache", unit="shard", delay=2, disable=not state.is_local_main_process
+        ):
             try:
                 with open(path, "rb") as file:
                     whole = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
