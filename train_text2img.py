@@ -27,12 +27,12 @@ from latentdiff.training import (
     RunLog,
     Validation,
     learning_rate_at,
-    load_data,
     load_networks,
     optimizer_steps,
     start,
     training_loss,
 )
+from latentdiff.training_data import load_data
 
 
 def main(config: TrainConfig) -> None:

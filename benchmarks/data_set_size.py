@@ -91,7 +91,8 @@ def fill(folder: Path, size: int) -> None:
     """Everything that the run's own start does, with random numbers for what the networks would say."""
     from latentdiff import latent_cache
     from latentdiff.config import TrainConfig
-    from latentdiff.training import load_data, load_networks, make_accelerator, make_output_dir
+    from latentdiff.training import load_networks, make_accelerator, make_output_dir
+    from latentdiff.training_data import load_data
 
     drawn = torch.Generator().manual_seed(0)
 

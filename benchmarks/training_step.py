@@ -22,7 +22,8 @@ from latentdiff.latents import to_pixels
 from latentdiff.losses import denoising_loss
 from latentdiff.models import encode_prompt
 from latentdiff.optimizers import make_optimizer
-from latentdiff.training import load_data, load_networks
+from latentdiff.training import load_networks
+from latentdiff.training_data import load_data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,9 +49,9 @@ def key_of(*parts: bytes | str) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
-def as_keys(keys: Iterable[bytes]) -> np.ndarray:
-    """Keys as an array, (N,) of 16 bytes each."""
-    return np.fromiter(keys, dtype=f"S{KEY_BYTES}")
+def as_keys(keys: Iterable[bytes], count: int = -1) -> np.ndarray:
+    """Keys as an array, (N,) of 16 bytes each; where their count is known, no more memory is taken meanwhile."""
+    return np.fromiter(keys, f"S{KEY_BYTES}", count)
 
 
 class EntryStore:

@@ -40,7 +40,9 @@ class Moments:
         if folder is not None:
             self._store = EntryStore(folder / f"latents-{_vae_key(vae)}")
             kinds = np.repeat(pictures.size_of, pictures.crops * self._flips)
-            self._positions = self._store.fill(as_keys(self._keys()), self._encode, "encoding pictures", kinds)
+            self._positions = self._store.fill(
+                as_keys(self._keys(), len(kinds)), self._encode, "encoding pictures", kinds
+            )
             self.bytes = self._store.bytes_of(self._positions)
 
     @property
@@ -121,7 +123,8 @@ class HiddenStates:
         return states["hidden_states"]
 
     def _keys(self) -> np.ndarray:
-        return as_keys(key_of(caption) for said in chain(self._captions, [[""]]) for caption in said)
+        said = chain.from_iterable(chain(self._captions, [[""]]))
+        return as_keys(map(key_of, said), int(self._starts[-1]) + 1)
 
     def _text(self, number: int) -> str:
         if number == self._starts[-1]:

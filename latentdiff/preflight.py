@@ -24,14 +24,13 @@ from .latents import encode_moments, to_pixels
 from .models import FrozenParts, hide_loading_bars, trained_model
 from .optimizers import make_optimizer, state_bytes
 from .training import (
-    Data,
-    load_data,
     load_networks,
     make_accelerator,
     make_output_dir,
     optimizer_steps,
     training_loss,
 )
+from .training_data import Data, load_data
 
 CAPTIONS_LOOKED_AT = 20_000
 PICTURES_LOOKED_AT = 32

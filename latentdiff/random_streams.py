@@ -94,4 +94,6 @@ def _windows(seed: int | str, epoch: int, size: int, length: int) -> tuple[torch
 @cache
 def _permutations(bucket: int) -> Callable[..., torch.Tensor]:
     """Draws permutations as int32; of each bucket two are kept, since a batch may run over the end of an epoch."""
-    return lru_cache(maxsize=2)(lambda size, *words: torch.randperm(size, generator=generator(*words)).int())
+    return lru_cache(maxsize=2)(
+        lambda size, *words: torch.randperm(size, generator=generator(*words), dtype=torch.int32)
+    )

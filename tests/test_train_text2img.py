@@ -30,7 +30,8 @@ from latentdiff.cli_errors import run_training
 from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.hub import PushError
 from latentdiff.models import fingerprint, load_frozen, load_unet
-from latentdiff.training import learning_rate_at, load_data, load_networks, optimizer_steps
+from latentdiff.training import learning_rate_at, load_networks, optimizer_steps
+from latentdiff.training_data import load_data
 from latentdiff.validation import validation_pictures
 from test_data import hostile_folder
 

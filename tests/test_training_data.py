@@ -15,7 +15,7 @@ from PIL import Image
 from test_train_text2img import flags, launch, losses, weights
 
 from conftest import make_pictures, tiny_components
-from latentdiff import LatentDiffPipeline, entry_store, latent_cache, training
+from latentdiff import LatentDiffPipeline, entry_store, latent_cache, training, training_data
 from latentdiff.config import ConfigError, RunStopped, TrainConfig
 from latentdiff.finishing import NOT_PUSHED
 
@@ -121,12 +121,12 @@ def test_hidden_states_are_encoded_in_each_step_where_they_are_too_large(once, t
     assert encoded() == (6, 7) and "7 captions, 3.58 kB: kept on disk" in capsys.readouterr().out
     # 7 captions of 8 tokens of width 16 against 6 latents of 4 x 4 x 4, mean and std, and a key of 16 bytes each
     assert 7 * 8 * 16 * 4 > 6 * (4 * 4 * 4 * 2 * 4 + 16)
-    monkeypatch.setattr(training, "SMALL_CACHE", 0)
+    monkeypatch.setattr(training_data, "SMALL_CACHE", 0)
     anew = once(max_train_steps=3)
     assert encoded() == (0, 0) and "latents of 3.17 kB" in (said := capsys.readouterr().out)
     assert "3.58 kB: encoded in each step" in said
     assert (losses(anew), weights(anew)) == before
-    monkeypatch.setattr(training, "SMALL_CACHE", 4000)
+    monkeypatch.setattr(training_data, "SMALL_CACHE", 4000)
     once()
     assert "kept on disk" in capsys.readouterr().out
     once(cache_text="never")
