@@ -44,7 +44,7 @@ class BucketOrder:
     """
 
     def __init__(self, buckets: Sequence[np.ndarray], batch: int, seed: int, shuffle_buffer: int | None = None):
-        self._buckets = [rows for rows in buckets if len(rows)]
+        self._buckets = [_as_range(rows) for rows in buckets if len(rows)]
         self._batch, self._seed, self._shuffle_buffer = batch, seed, shuffle_buffer
         self.epoch_length = sum(map(len, self._buckets))
         self._steps_of = lru_cache(maxsize=2)(self._draw_steps)
@@ -61,7 +61,7 @@ class BucketOrder:
         order = random_streams.data_order(
             self._seed, first * self._batch, self._batch, len(rows), self._shuffle_buffer, int(bucket)
         )
-        return rows[order.numpy()].tolist()
+        return (order + rows.start).tolist() if isinstance(rows, range) else rows[order.numpy()].tolist()
 
     def _steps_before(self, epoch: int) -> int:
         return sum(epoch * len(rows) // self._batch for rows in self._buckets)
@@ -72,3 +72,9 @@ class BucketOrder:
         steps = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int16), counts))
         order = torch.randperm(len(steps), generator=random_streams.generator(self._seed, "buckets", epoch))
         return steps[order].numpy()
+
+
+def _as_range(rows: np.ndarray) -> np.ndarray | range:
+    """Rows that lie one behind the other without the memory they take, four megabytes of a million in each process."""
+    alike = range(int(rows[0]), int(rows[0]) + len(rows))
+    return alike if np.array_equal(rows, alike) else rows

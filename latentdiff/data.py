@@ -109,6 +109,8 @@ class EmojiPictures:
 
 # -------------------------------------------------------------------------------------- pictures of one's own
 
+_LINES_READ = 64  # of the list of pictures at a time, since the place of every line would take memory
+
 
 def open_source(config: TrainConfig) -> Source:
     """What `train_data_dir` or `dataset_name` names: a folder of pictures, of WebDataset tars, or a table.
@@ -144,20 +146,18 @@ class OwnPictures:
         self.sizes, self.enlarged = list(sizes), 0
         shapes = np.log([width / height for width, height in sizes])
         starts, counts, held_out, size_of = array("q"), array("I"), array("b"), array("b")
-        for start, line in self._lines():
+        for row, (start, line) in enumerate(self._lines()):
             (width, height) = line["size"]
             nearest = int(np.abs(shapes - math.log(width / height)).argmin())
             self.enlarged += width < sizes[nearest][0] or height < sizes[nearest][1]
-            starts.append(start)
+            if row % _LINES_READ == 0:
+                starts.append(start)
             counts.append(len(line["captions"]))
             held_out.append(line["held_out"])
             size_of.append(nearest)
-        # The smallest integers that hold them: of a million rows each byte is a megabyte.
-        self._starts, self.caption_counts = (
-            np.array(column, np.min_scalar_type(max(column))) for column in (starts, counts)
-        )
-        self.held_out, self.size_of = np.array(held_out, bool), np.array(size_of)
-        self.repeats = np.ones(len(starts), np.int8)
+        self._starts = [*starts, os.fstat(self._list.fileno()).st_size]
+        self.caption_counts, self.size_of = _compact(counts), _compact(size_of)
+        self.held_out, self.repeats = _compact(held_out, bool), np.broadcast_to(np.int8(1), len(counts))
         self.captions = _Captions(self)
 
     def image(self, row: int, crop: int = 0) -> Image.Image:
@@ -191,9 +191,9 @@ class OwnPictures:
 
     def line(self, row: int) -> dict:
         """The row as the list has it."""
-        start, last = int(self._starts[row]), row + 1 == len(self._starts)
-        end = os.fstat(self._list.fileno()).st_size if last else int(self._starts[row + 1])
-        return json.loads(os.pread(self._list.fileno(), end - start, start))
+        block, place = divmod(row, _LINES_READ)
+        start, end = self._starts[block : block + 2]
+        return json.loads(os.pread(self._list.fileno(), end - start, start).split(b"\n")[place])
 
     def _lines(self) -> Iterator[tuple[int, dict]]:
         """All lines with where they start."""
@@ -209,6 +209,15 @@ class OwnPictures:
         if self.crops == 1:
             return crop_box(line["size"], size)
         return crop_box(line["size"], size, tuple(fraction("crop", line["sha256"], str(crop), axis) for axis in "xy"))
+
+
+def _compact(values: Sequence[int], dtype=None) -> np.ndarray:
+    """As an array of the smallest integers that hold them; of one number where all are the same.
+
+    Of a million rows each byte is a megabyte in every process.
+    """
+    column = np.array(values, dtype or np.min_scalar_type(max(values)))
+    return np.broadcast_to(column[0], len(column)) if (column == column[0]).all() else column
 
 
 class _Captions(Sequence):

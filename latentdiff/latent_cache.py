@@ -96,9 +96,8 @@ class HiddenStates:
 
     def __init__(self, pictures: CaptionedPictures, parts: FrozenParts):
         self._captions, self._parts, self._store = pictures.captions, parts, None
-        ends = np.cumsum([0, *pictures.caption_counts])
         # Where each row's captions start among all of them; the empty one, for caption dropout, is the last.
-        self._starts = ends.astype(np.min_scalar_type(ends[-1]))
+        self._starts = _RunningSums(pictures.caption_counts)
         self.different = len(np.unique(self._keys()))
         self.bytes = 4 * self.different * parts.tokenizer.model_max_length * parts.text_encoder.config.hidden_size
 
@@ -116,7 +115,7 @@ class HiddenStates:
     def __call__(self, rows: Sequence[int], choices: Sequence[int]) -> torch.Tensor:
         """Of these rows the captions with these numbers, -1 for the empty one -> (B, L, D) float32 on the CPU."""
         numbers = [
-            int(self._starts[row]) + choice if choice >= 0 else int(self._starts[-1])
+            self._starts.before(row) + choice if choice >= 0 else self._starts.total
             for row, choice in zip(rows, choices, strict=True)
         ]
         states = self._store.read(self._positions[numbers]) if self._store else self._encode(numbers)
@@ -124,19 +123,44 @@ class HiddenStates:
 
     def _keys(self) -> np.ndarray:
         said = chain.from_iterable(chain(self._captions, [[""]]))
-        return as_keys(map(key_of, said), int(self._starts[-1]) + 1)
+        return as_keys(map(key_of, said), self._starts.total + 1)
 
     def _text(self, number: int) -> str:
-        if number == self._starts[-1]:
+        if number == self._starts.total:
             return ""
-        row = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._captions[row][number - int(self._starts[row])]
+        row, choice = self._starts.split(number)
+        return self._captions[row][choice]
 
     def _encode(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         def encode(batch: Sequence[int]) -> tuple[torch.Tensor]:
             return (encode_prompt(self._parts, [self._text(number) for number in batch]),)
 
         return {"hidden_states": _in_fixed_batches(encode, numbers)[0]}
+
+
+class _RunningSums:
+    """Sums of the first counts of many, of which only those of whole blocks are kept."""
+
+    _BLOCK = 256
+
+    def __init__(self, counts: np.ndarray):
+        self._counts = counts
+        blocks = np.add.reduceat(counts, np.arange(0, len(counts), self._BLOCK), dtype=np.int64)
+        self._sums = np.concatenate([[0], np.cumsum(blocks)])
+        self.total = int(self._sums[-1])
+
+    def before(self, row: int) -> int:
+        """The sum of all counts before the row's."""
+        block = row // self._BLOCK
+        return int(self._sums[block]) + int(self._counts[block * self._BLOCK : row].sum(dtype=np.int64))
+
+    def split(self, number: int) -> tuple[int, int]:
+        """The row among whose numbers this one is, and which of them it is."""
+        block = int(np.searchsorted(self._sums, number, side="right")) - 1
+        first = block * self._BLOCK
+        ends = self._sums[block] + np.cumsum(self._counts[first : first + self._BLOCK], dtype=np.int64)
+        row = first + int(np.searchsorted(ends, number, side="right"))
+        return row, number - self.before(row)
 
 
 def _in_fixed_batches(encode: Callable, numbers: Sequence[int]) -> tuple[torch.Tensor, ...]:

@@ -56,6 +56,18 @@ def test_a_folder_with_metadata(tmp_path):
         assert pictures.image(row).size == (8, 8) and first_row(pictures.image(row))[0] == (row, 2 * row, 255 - row)
 
 
+def test_a_list_of_many_rows(tmp_path):
+    """Every row past the first few would be another's."""
+    captions = [f"picture {i}" if i % 3 else [f"picture {i}", "a pet"] for i in range(200)]
+    pictures = own(folder_of(tmp_path / "pics", captions), tmp_path)
+    assert list(pictures.captions) == [pictures.captions[row] for row in range(200)]
+    assert [pictures.captions[row][0] for row in (0, 63, 64, 65, 127, 128, 199)] == [
+        f"picture {row}" for row in (0, 63, 64, 65, 127, 128, 199)
+    ]
+    assert pictures.caption_counts.tolist() == [1 if row % 3 else 2 for row in range(200)]
+    assert pictures.name(130) == "130.png" and first_row(pictures.image(130))[0] == (130, 4, 125)
+
+
 def test_one_broken_among_200_is_named_and_the_rest_is_used(tmp_path):
     """One bad file would end the run, or vanish without a word."""
     folder = folder_of(tmp_path / "pics", [f"picture {i}" for i in range(200)])

@@ -256,3 +256,13 @@ def test_captions_in_any_script(parts, tmp_path):
     states = kept(said(*words), parts, tmp_path)
     assert states.different == len(words) + 1
     torch.testing.assert_close(states(range(len(words)), [0] * len(words)), encode_prompt(parts, words))
+
+
+def test_captions_of_many_rows_keep_their_numbers():
+    """A picture would be trained under another's words, far down in the data alone."""
+    counts = np.random.default_rng(0).integers(1, 5, 1000)
+    sums = latent_cache._RunningSums(counts)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    assert [sums.before(row) for row in range(1000)] == starts[:-1].tolist() and sums.total == starts[-1]
+    wanted = [(row, choice) for row in range(1000) for choice in range(counts[row])]
+    assert [sums.split(number) for number in range(sums.total)] == wanted
