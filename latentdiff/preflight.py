@@ -101,7 +101,7 @@ def first_look(config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionMod
 
 def _captions(tokenizer, pictures: CaptionedPictures) -> Finding:
     limit = tokenizer.model_max_length
-    captions = list(islice(dict.fromkeys(chain.from_iterable(pictures.captions)), CAPTIONS_LOOKED_AT))
+    captions = list(dict.fromkeys(islice(chain.from_iterable(pictures.captions), CAPTIONS_LOOKED_AT)))
     # A token is at least one letter: beyond so many letters the rest is cut whatever it says.
     cut = []
     for start in range(0, len(captions), 1000):  # a thousand at a time: the tokens of all take a hundred megabytes
