@@ -7,7 +7,7 @@ What a sharded module does to its weights (a forward or a `full_tensor()`) all p
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import ConfigError, TrainConfig
+from .deepspeed_zero import autocast_of, is_zero, load_whole_state, whole_state
 
 _OPTIMIZER, _SCALER = "optimizer.bin", "scaler.pt"  # accelerate's names
 
@@ -33,8 +34,6 @@ def sharding_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | Non
     Raises:
         ConfigError: it asks for what would not be trained or saved right.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError("accelerate's use_deepspeed: not supported; use FSDP with fsdp_version: 2, or DDP")
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
@@ -60,18 +59,23 @@ def sharding_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | Non
 
 
 class ShardingAccelerator(Accelerator):
-    """accelerate's, except that FSDP2 clips, saves and loads as other runs do: by whole numbers and whole tensors.
+    """accelerate's, except that FSDP2 and DeepSpeed clip, save and load as other runs do: by whole numbers and whole
+    tensors.
 
     accelerate itself would write the sharded weights beside those of the registered hooks, and the optimizer's state
-    in files that only FSDP reads.
+    in files that only FSDP or DeepSpeed reads, the latter's by unpickling.
     """
 
     def clip_grad_norm_(self, parameters, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        return _whole(super().clip_grad_norm_(parameters, max_norm, norm_type))
+        norm = _whole(super().clip_grad_norm_(parameters, max_norm, norm_type))
+        return torch.as_tensor(norm, device=self.device)  # DeepSpeed has clipped before, and gives a number
+
+    def autocast(self, autocast_handler=None) -> AbstractContextManager:
+        return autocast_of(self) if is_zero(self) else super().autocast(autocast_handler)
 
     def save_state(self, output_dir: str) -> None:
         """All processes call it; the main one writes."""
-        if not self.is_fsdp2:
+        if not (self.is_fsdp2 or is_zero(self)):
             super().save_state(output_dir)
             return
         folder, (optimizer,) = Path(output_dir), self._optimizers
@@ -79,25 +83,31 @@ class ShardingAccelerator(Accelerator):
             folder.mkdir(parents=True, exist_ok=True)
         for hook in self._save_model_state_pre_hook.values():
             hook([], [], output_dir)
-        state = optimizer.state_dict()
-        moments = {
-            number: {name: self._gathered(value) for name, value in entries.items()}
-            for number, entries in state["state"].items()
-        }
+        if is_zero(self):
+            state = whole_state(optimizer, keep=self.is_main_process)
+        else:
+            state = optimizer.state_dict()
+            state["state"] = {
+                number: {name: self._gathered(value) for name, value in entries.items()}
+                for number, entries in state["state"].items()
+            }
         if self.is_main_process:
-            torch.save(state | {"state": moments}, folder / _OPTIMIZER)
+            torch.save(state, folder / _OPTIMIZER)
             if self.scaler is not None:
                 torch.save(self.scaler.state_dict(), folder / _SCALER)
 
     def load_state(self, input_dir: str) -> None:
         """All processes call it and read the same files."""
-        if not self.is_fsdp2:
+        if not (self.is_fsdp2 or is_zero(self)):
             super().load_state(input_dir)
             return
         folder, (optimizer,) = Path(input_dir), self._optimizers
         for hook in self._load_model_state_pre_hook.values():
             hook([], input_dir)
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+        if is_zero(self):
+            load_whole_state(optimizer, state)
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         moments = {
             number: {name: _part_like(parameters[number], value) for name, value in entries.items()}

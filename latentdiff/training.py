@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .batches import Batch, Batches
 from .config import ConfigError, TrainConfig
+from .deepspeed_zero import is_zero, zero_plugin
 from .ema import EMA
 from .finishing import as_pipeline
 from .latents import downsampling_factor
@@ -70,13 +71,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ConfigError: the precision or the way to shard is not to be had here, or the tracker is unknown.
     """
-    plugin = sharding_plugin(config)
+    fsdp, zero = sharding_plugin(config), zero_plugin(config)
     tracker, output_dir = None if config.report_to == "none" else config.report_to, config.output_dir
     try:
         accelerator = ShardingAccelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # Not as a number, which one of the launcher's, meant for DeepSpeed, would silently replace.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
             mixed_precision=config.mixed_precision,
-            fsdp_plugin=plugin,
+            fsdp_plugin=fsdp,
+            deepspeed_plugin=zero,
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         )
@@ -84,8 +87,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             accelerator.init_trackers("latentdiff")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"mixed_precision or report_to: {str(error).splitlines()[0]}") from None
-    if plugin and not accelerator.is_fsdp2:
+    if fsdp and not accelerator.is_fsdp2:
         raise ConfigError("accelerate's use_fsdp: there are no GPUs, or no processes of its launcher, to shard over")
+    if zero and not is_zero(accelerator):
+        raise ConfigError("accelerate's use_deepspeed: there are no GPUs, or no processes of its launcher")
     return accelerator
 
 

@@ -165,7 +165,6 @@ def test_a_run_that_diverges_stops(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "changes", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "use_deepspeed.*fsdp_version: 2"),
         ({"FSDP_VERSION": "1"}, {}, "fsdp_version: 1 .*set it to 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params"),
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "TRANSFORMER_BASED_WRAP"),
