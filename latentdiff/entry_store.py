@@ -209,6 +209,7 @@ class _Shard:
     def __init__(self, path: Path):
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map.madvise(mmap.MADV_RANDOM)  # else each entry would bring in its neighbours, too
         # https://huggingface.co/docs/safetensors: 8 bytes of the header's length, the header as JSON, the numbers
         start = 8 + int.from_bytes(self._map[:8], "little")
         header = json.loads(self._map[8:start])
@@ -231,6 +232,12 @@ class _Shard:
     def _copy(self, name: str, rows: np.ndarray) -> np.ndarray:
         dtype, shape, offset = self._tensors[name]
         whole = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
+        row_bytes = whole.nbytes // len(whole)
+        runs = [(0, len(whole))] if len(rows) == len(whole) else [(row, 1) for row in rows.tolist()]
+        for row, count in runs:  # asked for together, so that the disk need not be waited for page by page
+            start = offset + row * row_bytes
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + count * row_bytes - page)
         copy = whole[rows]
         self._map.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not in this process's memory
         return copy

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DConditionModel
 
-from conftest import tiny_components
+from conftest import reset_accelerate, tiny_components
 from latentdiff.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -24,16 +23,7 @@ from latentdiff.config import ConfigError, RunStopped
 from latentdiff.ema import EMA
 from latentdiff.models import build_unet
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """accelerate keeps its state between accelerators of a process. All of it on the CPU, as the numbers here are."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
 
 
 def make(folder: Path, step: int, whole: bool = True) -> Path:
@@ -247,8 +237,7 @@ def test_a_resume_may_accumulate_otherwise(tmp_path):
     with first.accelerator.accumulate(first.unet):
         first.step(1)
     saved = save_checkpoint(first.accelerator, tmp_path, 1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     second = Run(ema=False, accumulation=2)
     load_checkpoint(second.accelerator, saved)
     ends = []

@@ -8,22 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import reset_accelerate
 from latentdiff import cli, preflight
 from latentdiff.config import TrainConfig
 from latentdiff.preflight import check
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
 
 
 @pytest.fixture
@@ -110,7 +104,7 @@ def test_the_size_of_a_checkpoint_is_what_one_takes(script, settings, tmp_path, 
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"].values()
     tensors += [t for state in optimizer for name, t in state.items() if name != "step"]
     taken = sum(t.numel() * t.element_size() for t in tensors)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     disk = line(said(settings, **changes), "disk")
     number, unit = re.search(r"checkpoints of ([\d.]+) (\w+)", disk).groups()
     assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(taken, rel=0.01)

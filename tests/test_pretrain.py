@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss as image_text_loss
 
-from conftest import tiny_components
+from conftest import reset_accelerate, tiny_components
 from latentdiff import emoji, pretrain_clip, pretrain_vae
 from latentdiff.config import ConfigError
 from latentdiff.latents import encode_moments
@@ -28,15 +27,7 @@ from latentdiff.pretrain_clip import (
 )
 from latentdiff.pretrain_vae import PretrainVAEConfig, blend, compose, normalise_latents, psnr, vae_loss
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # the numbers here are a CPU's
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -259,8 +250,7 @@ def stop_at(monkeypatch, module, name: str, call: int) -> None:
 
 def run(module, config_type, folder, **settings):
     options = {"max_train_steps": 4, "train_batch_size": 8, "learning_rate": 1e-3, "checkpointing_steps": 2}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     module.main(config_type(output_dir=str(folder), **{**options, **settings}))
 
 
