@@ -32,12 +32,7 @@ def zero_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
     """
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return None
-    if config.lora_rank is not None:
-        raise ConfigError("lora_rank: what is trained is small and is not shared out; launch it without DeepSpeed")
-    if config.train_text_encoder:
-        raise ConfigError("train_text_encoder: is not shared out; launch it with DDP, without DeepSpeed")
-    if config.optimizer != "adamw":
-        raise ConfigError(f"optimizer: {config.optimizer!r} is not shared out; DeepSpeed goes with 'adamw'")
+    refuse_what_is_not_shared_out(config, "DeepSpeed")
     if config.mixed_precision == "fp16":
         raise ConfigError("mixed_precision: 'fp16' goes with FSDP2 or DDP; DeepSpeed goes with 'no' and 'bf16'")
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
@@ -64,6 +59,18 @@ def zero_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
     # DeepSpeed 0.19 calls it by the name it had before torch 2.13, which says so at every step.
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     return plugin
+
+
+def refuse_what_is_not_shared_out(config: TrainConfig, way: str) -> None:
+    """Raise ConfigError for what neither DeepSpeed nor FSDP2 would train or save right here; `way` is which of them."""
+    if config.lora_rank is not None:
+        raise ConfigError(
+            f"lora_rank: what is trained is small and is not shared out; launch it with DDP, without {way}"
+        )
+    if config.train_text_encoder:
+        raise ConfigError(f"train_text_encoder: is not shared out; launch it with DDP, without {way}")
+    if config.optimizer != "adamw":
+        raise ConfigError(f"optimizer: {config.optimizer!r} is not shared out; {way} goes with 'adamw'")
 
 
 def _has_deepspeed() -> bool:

@@ -94,9 +94,10 @@ class EntryStore:
         # Where machines do not share the folder, each has to encode what others did.
         shares += [(state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))] * 2
         for process, processes in shares:
-            missing = self._missing(keys)
+            positions = self._find(keys)
+            missing = _first_of_each(keys, np.flatnonzero(positions < 0))
             if not sum(gather_object([len(missing)])):
-                return self._find(keys).astype(np.int32)
+                return positions.astype(np.int32)
             # By the key, not by the place in the list: another run may fill the store too, so lists may differ.
             last_bytes = np.frombuffer(keys[missing].tobytes(), np.uint8).reshape(-1, KEY_BYTES)[:, -4:].copy()
             mine = missing[last_bytes.view(np.uint32).ravel() % processes == process]
@@ -123,12 +124,6 @@ class EntryStore:
         numbers = np.searchsorted(self._starts, np.unique(positions), side="right") - 1
         counts = np.bincount(numbers, minlength=len(self._shards))
         return sum(int(n) * shard.entry_bytes for n, shard in zip(counts, self._shards.values(), strict=True))
-
-    def _missing(self, keys: np.ndarray) -> np.ndarray:
-        """Of each key that is not in the store the first place among `keys`."""
-        absent = np.flatnonzero(self._find(keys) < 0)
-        _, first = np.unique(keys[absent], return_index=True)
-        return absent[np.sort(first)]
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
         """Positions, -1 where there is no entry."""
@@ -198,6 +193,12 @@ class EntryStore:
             if path.name not in self._shards:
                 self._shards[path.name] = _Shard(path)
         self._starts = np.cumsum([0, *(shard.count for shard in self._shards.values())])[:-1]
+
+
+def _first_of_each(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Of these places among `keys` the first of each different key, in order."""
+    _, first = np.unique(keys[places], return_index=True)
+    return places[np.sort(first)]
 
 
 class _Shard:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import ConfigError, TrainConfig
-from .deepspeed_zero import autocast_of, is_zero, load_whole_state, whole_state
+from .deepspeed_zero import autocast_of, is_zero, load_whole_state, refuse_what_is_not_shared_out, whole_state
 
 _OPTIMIZER, _SCALER = "optimizer.bin", "scaler.pt"  # accelerate's names
 
@@ -47,12 +47,7 @@ def sharding_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | Non
         raise ConfigError(
             "accelerate's fsdp_activation_checkpointing: needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
         )
-    if config.lora_rank is not None:
-        raise ConfigError("lora_rank: what is trained is small and is not sharded; launch it with DDP, without FSDP")
-    if config.train_text_encoder:
-        raise ConfigError("train_text_encoder: is not sharded; launch it with DDP, without FSDP")
-    if config.optimizer != "adamw":
-        raise ConfigError(f"optimizer: {config.optimizer!r} does not know sharded weights; FSDP goes with 'adamw'")
+    refuse_what_is_not_shared_out(config, "FSDP")
     # Under it transformers 5.10 gives all processes but the first zeros; nothing would send them the text encoder.
     disable_fsdp_ram_efficient_loading()
     return plugin

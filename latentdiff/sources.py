@@ -212,13 +212,14 @@ class Table:
             pc.is_valid(pc.struct_field(pictures, "bytes")),
             self._data.data.column(self._caption_column),
         )
+        folders = (self._folder, *_downloads())
         for number, (file, has_bytes, said) in enumerate(zip(*map(_values, columns), strict=True)):
             name, stamp, problem = f"row {number}", f"{self._data._fingerprint}|{number}", None
             if file:
                 path = Path(file)
                 name = path.relative_to(self._folder).as_posix() if path.is_relative_to(self._folder) else file
                 if not has_bytes:
-                    inside = any(path.resolve().is_relative_to(folder) for folder in (self._folder, *_downloads()))
+                    inside = any(path.resolve().is_relative_to(folder) for folder in folders)
                     problem = None if inside else "it leads out of the data folder"
                     stamp = stamp_of(path) if inside and path.is_file() else None
             yield Row(name, clean(said), problem, place=number, stamp=stamp)
