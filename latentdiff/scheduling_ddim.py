@@ -173,3 +173,39 @@ class DDIMScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, x_0
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_0)
+
+    def inversion_step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | int,
+        sample: torch.Tensor,
+        model_input: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """`step` with eta = 0 run upwards, from where it arrives to `timestep` (DDIM, end of section 4.3).
+
+        sample: (B, C, …), x at the timestep announced after `timestep`; for the last one x_0, or x at the final abar.
+        model_output: (B, C, …), the network's at `timestep` for `model_input`, which stands in for the x_t sought:
+            `sample` by default, or a better estimate. The output for x_t itself makes this the exact inverse of `step`,
+            so that repeating a step with its own result as `model_input` removes the error.
+        Returns x_t as prev_sample and its x_0 as pred_original_sample, both (B, C, …) in the dtype of `sample`. x_0 is
+        neither clipped nor thresholded: where `step` does that, it has no inverse.
+        Raises ValueError for a timestep that was not announced.
+        """
+        t = int(timestep)
+        abar, abar_prev = self._alpha_bars(t, self.previous_timestep(t))
+        model_input = sample if model_input is None else model_input
+        x_0, epsilon = predict_x0_and_epsilon(
+            self.alphas_cumprod, model_output, model_input, t, self.config.prediction_type
+        )
+        if abar == 0 and abar_prev < 1:
+            # x_t is all noise, of which the network can say nothing new: it is what x_0 leaves of the sample.
+            epsilon = (at_least_float32(sample) - abar_prev**0.5 * x_0) / (1 - abar_prev) ** 0.5
+        else:
+            x_0 = (at_least_float32(sample) - (1 - abar_prev) ** 0.5 * epsilon) / abar_prev**0.5
+        x_t = abar**0.5 * x_0 + (1 - abar) ** 0.5 * epsilon
+
+        x_t, x_0 = x_t.to(sample.dtype), x_0.to(sample.dtype)
+        if not return_dict:
+            return x_t, x_0
+        return DDIMSchedulerOutput(prev_sample=x_t, pred_original_sample=x_0)

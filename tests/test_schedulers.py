@@ -275,6 +275,60 @@ def test_ddim_with_eta_one_is_ddpm():
         )
 
 
+# ---- inversion ---
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_inversion_step_undoes_a_step(case, set_alpha_to_one):
+    """Else a real picture, turned into noise and drawn again, is another picture at any number of steps."""
+    scheduler = DDIMScheduler(**SD, **case, set_alpha_to_one=set_alpha_to_one)
+    for steps in (1, 4, 7, 50):
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            output, x_t = normal(1, dtype=torch.float64), normal(2, dtype=torch.float64)
+            if scheduler.alphas_cumprod[t] == 0 and case["prediction_type"] == "epsilon":
+                x_t = output  # pure noise, and the network sees that it is
+            arrived = scheduler.step(output, t, x_t)
+            back = scheduler.inversion_step(output, t, arrived.prev_sample, model_input=x_t)
+            # v is taken apart by sqrt(abar)^2 + sqrt(1 - abar)^2 = 1, which the table holds to float32
+            tolerance = 1e-6 if case["prediction_type"] == "v_prediction" else 1e-10
+            assert torch.allclose(back.prev_sample, x_t, atol=tolerance), (steps, t)
+            x_0, wanted = back.pred_original_sample, arrived.pred_original_sample
+            assert torch.allclose(x_0, wanted, atol=20 * tolerance), (steps, t)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_repeated_inversion_step_becomes_exact(prediction_type):
+    """Else iterating with the present estimate of x_t does not converge on the x_t that sampling came from."""
+    scheduler = DDIMScheduler(**SD, prediction_type=prediction_type)
+    scheduler.set_timesteps(20)
+    t, sample = scheduler.timesteps[10], normal(2, dtype=torch.float64)
+
+    def network(x_t: torch.Tensor) -> torch.Tensor:
+        return Oracle(scheduler, torch.tanh(x_t))(x_t, int(t))
+
+    errors, x_t = [], None
+    for _ in range(60):
+        output = network(sample if x_t is None else x_t)
+        x_t = scheduler.inversion_step(output, t, sample, model_input=x_t).prev_sample
+        errors.append((scheduler.step(network(x_t), t, x_t).prev_sample - sample).abs().max().item())
+    assert errors[0] > 1e-3 and errors[-1] < 1e-6
+
+
+def test_an_inversion_step_keeps_half_precision_and_gives_a_tuple_when_asked():
+    """Else a pipeline in fp16 becomes fp32 on the way up, or callers with return_dict=False get something else."""
+    scheduler = DDIMScheduler(**SD)
+    scheduler.set_timesteps(10)
+    arguments = (normal(1, dtype=torch.float16), 500, normal(2, dtype=torch.float16))
+    output = scheduler.inversion_step(*arguments)
+    assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.float16
+    for got, wanted in zip(scheduler.inversion_step(*arguments, return_dict=False), output.values(), strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match="timestep 501"):
+        scheduler.inversion_step(normal(1), 501, normal(2))
+
+
 # ---- timesteps ---
 
 
