@@ -13,6 +13,7 @@ PACKAGE = ROOT / "latentdiff"
 ALLOWED = {
     "config": set(),
     "noise_schedule": set(),
+    "clip_guidance": {"noise_schedule"},
     "scheduling_ddpm": {"noise_schedule"},
     "scheduling_ddim": {"noise_schedule"},
     "losses": {"noise_schedule"},
@@ -38,7 +39,12 @@ ALLOWED = {
     "optimizers": {"config"},
     "batches": {"random_streams", "data", "guidance", "latent_cache", "latents", "buckets"},
 }
-TRAVELLERS = [*PACKAGE.glob("scheduling_*.py"), PACKAGE / "noise_schedule.py", *(ROOT / "pipelines").glob("*.py")]
+TRAVELLERS = [
+    *PACKAGE.glob("scheduling_*.py"),
+    PACKAGE / "noise_schedule.py",
+    PACKAGE / "clip_guidance.py",
+    *(ROOT / "pipelines").glob("*.py"),
+]
 
 
 def imported(path: Path) -> set[str]:
