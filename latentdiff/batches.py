@@ -10,7 +10,6 @@ import torch
 from . import random_streams
 from .buckets import BucketOrder
 from .data import CaptionedPictures
-from .guidance import dropped_captions
 from .latent_cache import HiddenStates, Moments
 from .latents import sample_latents
 
@@ -24,6 +23,15 @@ class Batch:
     timesteps: torch.Tensor  # (B,) int64
     encoder_hidden_states: torch.Tensor | None  # (B, L, D); None where the text encoder is trained, too
     captions: list[str] | None  # B for a text encoder that is trained, "" where the caption is dropped
+
+
+def dropped_captions(seed: int, step: int, batch: int, probability: float) -> torch.Tensor:
+    """Which samples of a global batch are trained without their caption, drawn anew at every step -> (batch,) bool.
+
+    What classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1).
+    """
+    generator = random_streams.generator(seed, "caption dropout", step)
+    return torch.rand(batch, generator=generator) < probability
 
 
 class Batches:

@@ -1,10 +1,12 @@
-"""Caption dropout and the guidance formula."""
+"""Caption dropout and the formula and reach of guidance."""
+
+import math
 
 import pytest
 import torch
 
-from latentdiff.guidance import classifier_free_guidance, dropped_captions
-from latentdiff.pipelines.text2img import guide
+from latentdiff.batches import dropped_captions
+from latentdiff.guidance import check_guidance_interval, guidance_weight, guide
 
 
 def test_dropout_rate():
@@ -26,13 +28,28 @@ def test_no_dropout_and_full_dropout():
 
 def test_guidance_one_is_the_conditional_branch():
     unconditional, conditional = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(classifier_free_guidance(unconditional, conditional, 1.0), conditional)
-    torch.testing.assert_close(classifier_free_guidance(unconditional, conditional, 0.0), unconditional)
+    torch.testing.assert_close(guide(unconditional, conditional, 1.0), conditional)
+    torch.testing.assert_close(guide(unconditional, conditional, 0.0), unconditional)
 
 
-@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 3.5, 7.5])
-def test_pipelines_copy_of_the_formula_is_the_same(guidance_scale):
-    """The pipeline's file travels alone to the Hub, so it has a copy of the formula, which must not drift."""
-    unconditional, conditional = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
-    expected = classifier_free_guidance(unconditional, conditional, guidance_scale)
-    assert torch.equal(guide(unconditional, conditional, guidance_scale), expected)
+def test_weight_is_one_outside_the_interval():
+    """Else guidance goes on where it was switched off, or its ends belong to the wrong side."""
+    interval = (0.5, 2.0)
+    assert [guidance_weight(3.0, sigma, interval) for sigma in (0.1, 0.5, 0.51, 2.0, 2.01, math.inf)] == [
+        1,
+        1,
+        3,
+        3,
+        1,
+        1,
+    ]
+    assert guidance_weight(3.0, math.inf, (0.5, math.inf)) == 3.0
+    assert guidance_weight(lambda sigma: 1 + sigma, 2.0) == 3.0
+    assert guidance_weight(lambda sigma: 1 + sigma, 2.0, (3.0, 4.0)) == 1.0
+
+
+@pytest.mark.parametrize("interval", [(2.0, 0.5), (-1.0, 1.0), (1.0, 1.0), (1.0,), (0.1, 0.2, 0.3)])
+def test_an_interval_that_holds_nothing_is_refused(interval):
+    """Else guidance is silently off."""
+    with pytest.raises(ValueError, match="sigma_lo < sigma_hi"):
+        check_guidance_interval(interval)

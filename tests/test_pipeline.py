@@ -11,7 +11,9 @@ from diffusers import StableDiffusionPipeline
 
 from conftest import tiny_components
 from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffPipeline
-from latentdiff.pipelines.text2img import adopt_scheduler, guidance_embedding, guide
+from latentdiff.guidance import guide
+from latentdiff.pipelines.guided_sampling import guidance_embedding
+from latentdiff.pipelines.portable_saving import adopt_scheduler
 from stranger import stranger_draws
 
 STEPS = 4
@@ -45,9 +47,10 @@ def plain(tiny_pipeline_folder):
 @pytest.fixture
 def warnings_logged(caplog, monkeypatch):
     """The messages that the pipeline logs, wherever diffusers' loggers would send them."""
-    from latentdiff.pipelines import text2img
+    from latentdiff.pipelines import latent_pipeline, portable_saving, prompt_embedding
 
-    monkeypatch.setattr(text2img, "logger", logging.getLogger("test.pipeline"))
+    for module in (latent_pipeline, portable_saving, prompt_embedding):
+        monkeypatch.setattr(module, "logger", logging.getLogger("test.pipeline"))
     return lambda: [record.getMessage() for record in caplog.records if record.name == "test.pipeline"]
 
 

@@ -42,9 +42,9 @@ def test_size_and_parts():
 
 def test_code_in_the_folder_is_the_packages():
     """A stranger would run an older scheduler or pipeline than the repository's."""
-    from latentdiff.pipelines.text2img import _code_files
+    from latentdiff.pipelines.portable_saving import code_files
 
-    for name, source in _code_files().items():
+    for name, source in code_files().items():
         assert (FOLDER / name).read_text() == source, f"{name}: save the checkpoint anew"
 
 

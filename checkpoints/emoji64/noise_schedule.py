@@ -102,6 +102,18 @@ def snr(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     return abar / (1 - abar)
 
 
+def noise_level(alphas_cumprod: torch.Tensor, timestep: float) -> float:
+    """sigma(t) = sqrt((1 - abar_t) / abar_t): the noise in x_t, in units of the picture; infinite where abar_t is 0.
+
+    Between whole timesteps, at which some schedulers stand, it is interpolated linearly.
+    """
+    below = min(int(timestep), len(alphas_cumprod) - 1)
+    above = min(below + 1, len(alphas_cumprod) - 1)
+    share = timestep - below
+    sigmas = [float(((1 - abar) / abar) ** 0.5) for abar in alphas_cumprod[[below, above]]]
+    return sigmas[0] if share == 0 else (1 - share) * sigmas[0] + share * sigmas[1]
+
+
 def signal_and_noise_levels(
     alphas_cumprod: torch.Tensor, timesteps: torch.Tensor | int, sample: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,203 @@
+"""What every pipeline here is made of: Stable Diffusion's components, prompts, the sampling loop, decoding, saving.
+
+A pipeline is a file of its own with one class, `class X(LatentPipeline, DiffusionPipeline)`, whose `__call__` says in
+what order these are used. This class is no DiffusionPipeline itself, since diffusers looks for the only one in a file.
+"""
+
+import torch
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders import (
+    FromSingleFileMixin,
+    IPAdapterMixin,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+)
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import SchedulerMixin
+from diffusers.utils import logging
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from .guided_sampling import GuidedSampling
+from .portable_saving import PortableSaving, adopt_scheduler
+from .prompt_embedding import PromptEmbedding
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class LatentPipeline(
+    PromptEmbedding,
+    GuidedSampling,
+    PortableSaving,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    IPAdapterMixin,
+    FromSingleFileMixin,
+):
+    """The parts of a pipeline over Stable Diffusion's components, with this project's DDIM and DDPM schedulers.
+
+    It loads any Stable Diffusion folder, and saves one that diffusers' own pipelines load. Every other diffusers
+    scheduler works as well, passed in or set as `pipe.scheduler`. Any component may be None as long as a call does not
+    need it.
+
+    Args:
+        vae: encodes and decodes latents; their scale is `vae.config.scaling_factor`.
+        text_encoder, tokenizer: give the hidden states (B, tokens, width) that the UNet attends to.
+        unet: predicts what `scheduler.config.prediction_type` says.
+        scheduler: diffusers' own DDIM and DDPM are replaced by ours, see `adopt_scheduler`.
+        safety_checker, feature_extractor: optional; a checker needs the extractor.
+        image_encoder: optional, for IP-Adapters.
+        requires_safety_checker: kept in the saved index; a missing checker is logged if it is True.
+
+    Raises:
+        ValueError: a safety checker without a feature extractor.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        safety_checker: StableDiffusionSafetyChecker = None,
+        feature_extractor: CLIPImageProcessor = None,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = False,
+    ):
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("a safety_checker needs a feature_extractor: pass one, or safety_checker=None")
+        if safety_checker is None and requires_safety_checker:
+            logger.warning("requires_safety_checker is True but there is no safety_checker: pictures are not filtered")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=None if scheduler is None else adopt_scheduler(scheduler),
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    # Pictures in
+
+    def _check_options(
+        self,
+        height: int,
+        width: int,
+        output_type: str,
+        num_images_per_prompt: int,
+        clip_skip: int | None,
+        callback_inputs: list[str],
+    ) -> None:
+        factor = self.vae_scale_factor
+        if height % factor or width % factor or min(height, width) <= 0:
+            raise ValueError(f"height={height}, width={width}: both must be positive multiples of {factor}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}: it must be one of {', '.join(OUTPUT_TYPES)}")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: it must be a positive integer")
+        layers = getattr(getattr(self.text_encoder, "config", None), "num_hidden_layers", None)
+        if clip_skip is not None and layers is not None and not 0 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip={clip_skip}: the text encoder has {layers} layers to skip")
+        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            allowed = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs={unknown}: a callback can have {allowed}")
+
+    def _picture_size(
+        self, height: int | None, width: int | None, latents: torch.Tensor | None = None
+    ) -> tuple[int, int]:
+        """Height and width in pixels: as asked for, else of the given latents, else what the UNet was trained at."""
+        if height is not None and width is not None:
+            return height, width
+        size = self.unet.config.sample_size if latents is None else tuple(latents.shape[-2:])
+        if size is None:
+            raise ValueError("unet.config.sample_size is not set: pass height and width")
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return (
+            rows * self.vae_scale_factor if height is None else height,
+            columns * self.vae_scale_factor if width is None else width,
+        )
+
+    def _pixels(self, image: PipelineImageInput, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Pictures as (N, 3, H, W) float32 in [-1, 1], of their own size (cut to the VAE's factor) or resized.
+
+        Args:
+            image: a PIL picture or a list of them; (N, H, W, 3) or (H, W, 3) arrays or (N, 3, H, W) or (3, H, W)
+                tensors in [0, 1]. What is transparent lies on white, as in training.
+        """
+        images = image if isinstance(image, list | tuple) else [image]
+        flat = [_on_white(one) if isinstance(one, Image.Image) else one for one in images]
+        return self.image_processor.preprocess(flat, height=height, width=width).to(torch.float32)
+
+    def _encode_pixels(
+        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), drawn from the VAE's posterior.
+
+        A list of generators draws each picture's own; without any it is the posterior's mean.
+        """
+        posterior = self.vae.encode(pixels.to(device=self._execution_device, dtype=self.vae.dtype)).latent_dist
+        if generator is None:
+            return posterior.mean * self.vae.config.scaling_factor
+        noise = self._normal(tuple(posterior.mean.shape), generator, posterior.mean.dtype, posterior.mean.device)
+        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+
+    # Pictures out
+
+    def _finish(
+        self,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """What a call returns for its last latents (B, C, h, w); the models go back to where offloading keeps them."""
+        images, flagged = self._decode(latents, generator, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, flagged
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
+
+    def _decode(
+        self, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None, output_type: str
+    ) -> tuple[PipelineImageInput, list[bool] | None]:
+        """Latents (B, C, h, w) to pictures of `output_type`, with the safety checker's verdicts if there is one."""
+        if output_type == "latent":
+            return latents, None
+        pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)[0]
+        pixels, flagged = self.run_safety_checker(pixels, latents.dtype)
+        denormalize = [True] * len(pixels) if flagged is None else [not flag for flag in flagged]
+        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=denormalize), flagged
+
+    def run_safety_checker(self, pixels: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, list[bool] | None]:
+        """Return `pixels` (B, 3, H, W in [-1, 1]), blacked out where flagged, and the flags; None without a checker."""
+        if self.safety_checker is None:
+            return pixels, None
+        pictures = self.image_processor.postprocess(pixels, output_type="pil")
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(pixels.device, dtype)
+        return self.safety_checker(images=pixels, clip_input=clip_input)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A PIL picture as RGB, what is transparent on white."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    picture = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
