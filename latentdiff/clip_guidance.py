@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
-from latentdiff.noise_schedule import PREDICTION_TYPES, check_choice, predict_x0_and_epsilon
+from latentdiff.noise_schedule import PREDICTION_TYPES, at_least_float32, check_choice, predict_x0_and_epsilon
 
 CUTOUT_SHARE = 0.75  # side of a cutout, of the side of the largest square in the picture
 
@@ -25,7 +25,7 @@ class ClipGuidance:
 
     Args:
         model: any transformers CLIPModel; it is frozen and put in eval mode. Its weights may be fp16 or bf16: the score
-            is taken in fp32.
+            is taken in fp32 at least.
         tokenizer: the one that `model` was trained with.
         scale: what multiplies the cosine similarity; 0 changes nothing.
         cutouts: 0 shows the CLIP the largest centred square alone; n >= 2 shows it n x n more squares of three quarters
@@ -99,7 +99,7 @@ class ClipGuidance:
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
         # The towers are called one by one: what get_text_features returns depends on the version of transformers.
         pooled = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        return F.normalize(at_least_float32(self.model.text_projection(pooled)), dim=-1)
 
     def score(self, pixels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """scale * cosine similarity -> (B,) float32, differentiable in `pixels`.
@@ -113,9 +113,9 @@ class ClipGuidance:
         """
         if len(pixels) != len(text):
             raise ValueError(f"text has {len(text)} rows for {len(pixels)} pictures; each picture needs its own")
-        views = self._views(pixels.float())
+        views = self._views(at_least_float32(pixels))
         pooled = self.model.vision_model(views.flatten(0, 1).to(self.model.dtype)).pooler_output
-        features = F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        features = F.normalize(at_least_float32(self.model.visual_projection(pooled)), dim=-1)
         similarity = features.unflatten(0, views.shape[:2]) @ text.unsqueeze(-1)  # (B, views, 1)
         return self.scale * similarity.mean(dim=(1, 2))
 
@@ -178,7 +178,7 @@ class ClipGuidance:
         if not self.through_unet:
             gradient = signal * gradient
         change = {"epsilon": -sigma, "sample": sigma**2 / signal, "v_prediction": -sigma / signal}[prediction_type]
-        return (output.detach() + change * gradient.float()).to(output.dtype)
+        return (output.detach() + change * at_least_float32(gradient)).to(output.dtype)
 
 
 def square_boxes(height: int, width: int, cutouts: int) -> list[tuple[int, int, int]]:
