@@ -55,7 +55,7 @@ def main(config: TrainConfig) -> None:
     save_weights_as_diffusers_does(accelerator, accelerator.unwrap_model(model), ema)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     log = RunLog(config, accelerator, first_step)
-    validation = Validation(config, accelerator, parts, scheduler, data.held_out_loss, ema, log)
+    validation = Validation(config, accelerator, parts, scheduler, data, ema, log)
     progress = Progress(config, accelerator, log, first_step, total_steps, carried.get("losses", []))
     watch = DivergenceWatch(accelerator, data.batches, carried.get("skipped_steps", 0))
 

@@ -3,15 +3,18 @@ global sample index, so it is the same on any number of processes and after any 
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from . import random_streams
 from .buckets import BucketOrder
 from .data import CaptionedPictures
-from .latent_cache import HiddenStates, Moments
-from .latents import sample_latents
+from .latent_cache import HiddenStates, Moments, Pixels
+from .latents import inpainting_conditions, sample_latents
+from .masks import random_masks
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,18 @@ class Batch:
     timesteps: torch.Tensor  # (B,) int64
     encoder_hidden_states: torch.Tensor | None  # (B, L, D); None where the text encoder is trained, too
     captions: list[str] | None  # B for a text encoder that is trained, "" where the caption is dropped
+    conditions: torch.Tensor | None = None  # (B, 1 + C, h, w) for inpainting: masks, and latents of masked pictures
+
+
+class _Read(NamedTuple):
+    """What of a batch comes from the data rather than from drawing noise."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    hidden_states: torch.Tensor | None
+    captions: list[str] | None
+    pixels: torch.Tensor | None
+    masks: torch.Tensor | None
 
 
 def dropped_captions(seed: int, step: int, batch: int, probability: float) -> torch.Tensor:
@@ -46,6 +61,8 @@ class Batches:
         micro_batch, accumulation, processes, process: pictures per micro-batch and process, micro-batches per
             optimizer step, number of processes and which one this is.
         device: where the batches go.
+        inpainting_vae: to learn inpainting, the VAE on this device, which encodes the masked pictures of each batch:
+            their masks are new each time, so there is nothing to cache.
     """
 
     def __init__(
@@ -66,6 +83,7 @@ class Batches:
         noise_offset: float = 0.0,
         shuffle_buffer: int | None = None,
         device: torch.device | str = "cpu",
+        inpainting_vae: AutoencoderKL | None = None,
     ):
         self._moments, self._hidden_states = moments, hidden_states
         self._vae_config, self._num_train_timesteps = vae_config, num_train_timesteps
@@ -76,6 +94,7 @@ class Batches:
         kept = moments.kept and (hidden_states is None or hidden_states.kept)
         self._reader = ThreadPoolExecutor(1) if kept else None
         self._noise_offset, self._device = noise_offset, device
+        self._inpainting_vae, self._pixels = inpainting_vae, Pixels(pictures)
         self._captions, self._caption_counts = pictures.captions, pictures.caption_counts
         self._crops, self.name = pictures.crops, pictures.name
         self.global_batch = micro_batch * accumulation * processes
@@ -99,36 +118,53 @@ class Batches:
         Where the data come from the cache, those of the micro-batch after it are read meanwhile.
         """
         data = self._ahead.pop((step, micro_step), None)
-        mean, std, hidden_states, captions = data.result() if data else self._read(step, micro_step)
+        read = data.result() if data else self._read(step, micro_step)
         if self._reader:
             after = (step, micro_step + 1) if micro_step + 1 < self._accumulation else (step + 1, 0)
             self._ahead = {after: self._reader.submit(self._read, *after)}
 
         whole, mine = self.global_batch, self._mine(micro_step)
-        shape = (whole, *mean.shape[1:])
+        shape = (whole, *read.mean.shape[1:])
+        mean, std = read.mean.to(self._device), read.std.to(self._device)
         posterior_noise = self._normal("posterior", step, shape)[mine]
         drawn = self._generator("timesteps", step, "cpu")
         timesteps = torch.randint(self._num_train_timesteps, (whole,), generator=drawn)[mine]
         return Batch(
-            latents=sample_latents(self._vae_config, mean.to(self._device), std.to(self._device), posterior_noise),
+            latents=sample_latents(self._vae_config, mean, std, posterior_noise),
             noise=self._noise(step, shape)[mine],
             timesteps=timesteps.to(self._device),
-            encoder_hidden_states=None if hidden_states is None else hidden_states.to(self._device),
-            captions=captions,
+            encoder_hidden_states=None if read.hidden_states is None else read.hidden_states.to(self._device),
+            captions=read.captions,
+            conditions=None if read.masks is None else self._conditions(read, step, shape, mine),
         )
 
-    def _read(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list | None]:
-        """The moments, and the captions' hidden states or where there are none the captions themselves."""
+    def _read(self, step: int, micro_step: int) -> _Read:
+        """The moments, the captions' hidden states or where there are none the captions themselves, and for inpainting
+        pixels and masks."""
         mine = self._mine(micro_step)
         rows = self.rows_at(step)[mine]
         flips = ((self._uniform("flip", step)[mine] < 0.5) & self._random_flip).tolist()
         crops = (self._uniform("crop", step)[mine] * self._crops).int().tolist()
         choices = self._draw_captions(rows, step, mine)
-        moments = self._moments(rows, crops, flips)
+        hidden_states = said = pixels = masks = None
         if self._hidden_states is not None:
-            return *moments, self._hidden_states(rows, choices), None
-        said = ["" if i < 0 else self._captions[row][i] for row, i in zip(rows, choices, strict=True)]
-        return *moments, None, said
+            hidden_states = self._hidden_states(rows, choices)
+        else:
+            said = ["" if i < 0 else self._captions[row][i] for row, i in zip(rows, choices, strict=True)]
+        if self._inpainting_vae is not None:
+            pixels = self._pixels(rows, crops, flips)
+            masks = self._masks(step, mine, size=(pixels.shape[-1], pixels.shape[-2]))
+        return _Read(*self._moments(rows, crops, flips), hidden_states, said, pixels, masks)
+
+    def _masks(self, step: int, mine: slice, size: tuple[int, int]) -> torch.Tensor:
+        """Of the whole step's samples, each of which has a stream of its own, this process's."""
+        samples = range(self.global_batch)[mine]
+        return random_masks((random_streams.generator(self._seed, "mask", step, i) for i in samples), size)
+
+    def _conditions(self, read: _Read, step: int, shape: tuple[int, ...], mine: slice) -> torch.Tensor:
+        noise = self._normal("masked posterior", step, shape)[mine]
+        pixels, masks = read.pixels.to(self._device), read.masks.to(self._device)
+        return inpainting_conditions(self._inpainting_vae, pixels, masks, noise)
 
     def _mine(self, micro_step: int) -> slice:
         """This process's share of what is drawn for the whole step."""

@@ -38,6 +38,9 @@ class TrainConfig:
     """Train a latent text-to-image model. Without arguments: the embedded emoji, 64x64, from scratch."""
 
     # ---- model
+    task: Literal["text2img", "inpaint"] = "text2img"
+    """"inpaint" trains the UNet to paint what a mask leaves open: it also sees the mask and the masked picture, as in
+    Stable Diffusion's inpainting model. The masks are random; a pretrained UNet gets the inputs that it lacks."""
     pretrained_model_name_or_path: str = field(default_factory=packaged_checkpoint)
     """Folder or Hub id of a Stable-Diffusion-shaped model: VAE, text encoder and tokenizer come from it."""
     revision: str | None = None
@@ -176,7 +179,8 @@ class TrainConfig:
     resume_from_checkpoint: str | None = None
     """A checkpoint's step or path, or "latest"."""
     validation_prompts: tuple[str, ...] = ("a cat", "a red apple", "a rocket", "a house on a light blue background")
-    """Drawn at each validation under the averaged weights, always from the same noise."""
+    """Drawn at each validation under the averaged weights, always from the same noise. With task inpaint, pictures of
+    the data are inpainted instead."""
     validation_steps: int = 1000
     """Optimizer steps between validations: pictures and held-out loss."""
     validation_inference_steps: int = 25
@@ -221,6 +225,8 @@ class TrainConfig:
             raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps != TrainConfig.lr_warmup_steps:
             raise ConfigError("lr_warmup_steps: has no effect with lr_scheduler constant; take constant_with_warmup")
+        if self.task == "inpaint" and self.validation_prompts not in (TrainConfig.validation_prompts, ()):
+            raise ConfigError("validation_prompts: have no effect with task inpaint, which paints pictures of the data")
         _check_optimizer(self)
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ConfigError("lora_alpha: has no effect without --lora_rank")

@@ -21,6 +21,19 @@ from .latents import encode_moments, to_pixels
 from .models import FrozenParts, encode_prompt, fingerprint
 
 
+class Pixels:
+    """The pictures' pixels, decoded at each call."""
+
+    def __init__(self, pictures: CaptionedPictures):
+        self._pictures, self._pool = pictures, ThreadPoolExecutor()  # Pillow decodes outside Python's lock
+
+    def __call__(self, rows: Sequence[int], crops: Sequence[int], flips: Sequence[bool]) -> torch.Tensor:
+        """These rows' crops, mirrored or not; the rows are of one size -> (B, 3, H, W) in [-1, 1]. From any thread."""
+        pixels = to_pixels(list(self._pool.map(self._pictures.image, rows, crops)))
+        mirrored = torch.tensor([bool(flip) for flip in flips])[:, None, None, None]
+        return torch.where(mirrored, pixels.flip(-1), pixels)
+
+
 class Moments:
     """Raw posterior moments of every crop of every picture, and of its mirror image where flips are wanted.
 
@@ -36,7 +49,7 @@ class Moments:
 
     def __init__(self, pictures: CaptionedPictures, vae: AutoencoderKL, random_flip: bool, folder: Path | None):
         self._pictures, self._vae, self._flips, self.bytes = pictures, vae, 1 + random_flip, 0
-        self._store, self._pool = None, ThreadPoolExecutor()  # Pillow decodes outside Python's lock
+        self._store, self._pixels = None, Pixels(pictures)
         if folder is not None:
             self._store = EntryStore(folder / f"latents-{_vae_key(vae)}")
             kinds = np.repeat(pictures.size_of, pictures.crops * self._flips)
@@ -74,9 +87,8 @@ class Moments:
     def _encode(self, variants: Sequence[int]) -> dict[str, torch.Tensor]:
         def encode(batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
             places = [divmod(variant // self._flips, self._pictures.crops) for variant in batch]
-            pixels = to_pixels(list(self._pool.map(lambda place: self._pictures.image(*place), places)))
-            mirrored = torch.tensor([bool(variant % self._flips) for variant in batch])[:, None, None, None]
-            return encode_moments(self._vae, torch.where(mirrored, pixels.flip(-1), pixels))
+            pixels = self._pixels(*zip(*places, strict=True), [variant % self._flips for variant in batch])
+            return encode_moments(self._vae, pixels)
 
         mean, std = _in_fixed_batches(encode, variants)
         return {"mean": mean, "std": std}

@@ -49,6 +49,35 @@ def sample_latents(vae_config, mean: torch.Tensor, std: torch.Tensor, posterior_
     return (mean + std * posterior_noise - shift) * vae_config.scaling_factor
 
 
+def masked_pixels(pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) pixels, grey where the masks (B, 1, H, W) are 1: what an inpainting model sees of a picture."""
+    return pixels * (masks < 0.5)
+
+
+@torch.no_grad()
+def inpainting_conditions(
+    vae: AutoencoderKL, pixels: torch.Tensor, masks: torch.Tensor, posterior_noise: torch.Tensor
+) -> torch.Tensor:
+    """What an inpainting UNet is given behind the noisy latents: the mask, then latents of the masked picture.
+
+    The form of Stable Diffusion's inpainting model, made as diffusers' `StableDiffusionInpaintPipeline` makes it: the
+    masked pixels are grey before the VAE sees the picture, its latents are drawn from the posterior, and the mask is
+    brought to the latents' size by taking the nearest pixel.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1].
+        masks: (B, 1, H, W); 1 is to be painted.
+        posterior_noise: standard normal, (B, C, h, w).
+
+    Returns:
+        (B, 1 + C, h, w) float32 on the VAE's device.
+    """
+    mean, std = encode_moments(vae, masked_pixels(pixels, masks))
+    latents = sample_latents(vae.config, mean, std, posterior_noise.to(mean.device))
+    small = torch.nn.functional.interpolate(masks, size=latents.shape[-2:])
+    return torch.cat([small.to(latents.device), latents], dim=1)
+
+
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, C, h, w) -> (B, 3, H, W) pixels, about in [-1, 1]."""

@@ -174,7 +174,13 @@ def _only_weights_unpickled() -> Iterator[None]:
 
 
 def build_unet(
-    preset: str, *, latent_channels: int, sample_size: int, cross_attention_dim: int, seed: int
+    preset: str,
+    *,
+    latent_channels: int,
+    sample_size: int,
+    cross_attention_dim: int,
+    seed: int,
+    in_channels: int | None = None,
 ) -> UNet2DConditionModel:
     """A UNet with new weights.
 
@@ -182,6 +188,7 @@ def build_unet(
         preset: a key of `UNET_PRESETS`, or the path of a JSON file with arguments of `UNet2DConditionModel`.
         latent_channels, sample_size, cross_attention_dim: what the VAE and the text encoder fix.
         seed: of the weights.
+        in_channels: of what it is given, where that is more than the latents.
 
     Raises:
         ConfigError: unknown preset.
@@ -196,7 +203,7 @@ def build_unet(
             "or the path of a UNet's config.json"
         )
     fixed = {
-        "in_channels": latent_channels,
+        "in_channels": in_channels or latent_channels,
         "out_channels": latent_channels,
         "sample_size": sample_size,
         "cross_attention_dim": cross_attention_dim,
@@ -204,6 +211,20 @@ def build_unet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # diffusers draws initial weights from the global generator
         return UNet2DConditionModel(**{**arguments, **fixed})
+
+
+def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
+    """Give a UNet more input channels, behind its own. Their weights are zero: what it puts out is still the same."""
+    old = unet.conv_in
+    new = torch.nn.utils.skip_init(
+        torch.nn.Conv2d, in_channels, old.out_channels, old.kernel_size, padding=old.padding, dtype=old.weight.dtype
+    )
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=in_channels)
 
 
 def _read_unet_config(path: str) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -30,11 +30,13 @@ from .models import (
     load_frozen,
     load_unet,
     networks_of,
+    widen_input,
     with_trained_text_encoder,
 )
 from .scheduling_ddpm import DDPMScheduler
 from .sharding import ShardingAccelerator, is_sharded, parts_put_back, sharding_plugin
-from .validation import HeldOutLoss, validation_pictures
+from .training_data import Data
+from .validation import inpainted_pictures, validation_pictures
 
 # ------------------------------------------------------------------------------------------------ before the loop
 
@@ -103,21 +105,22 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
     source = config.pretrained_model_name_or_path
     parts = load_frozen(source, config.revision, config.variant)
     latent_channels, text_width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
+    # For inpainting the noisy latents, the mask and the masked picture's latents.
+    in_channels = 2 * latent_channels + 1 if config.task == "inpaint" else latent_channels
     if config.unet == "pretrained":
         unet = load_unet(source, config.revision, config.variant)
     else:
         unet = build_unet(
             config.unet,
             latent_channels=latent_channels,
+            in_channels=in_channels,
             sample_size=(config.resolution or parts.vae.config.sample_size) // downsampling_factor(parts.vae),
             cross_attention_dim=text_width,
             seed=config.seed,
         )
-    if (unet.config.in_channels, unet.config.cross_attention_dim) != (latent_channels, text_width):
-        raise ConfigError(
-            f"unet: it takes {unet.config.in_channels} latent channels and text of {unet.config.cross_attention_dim}; "
-            f"VAE and text encoder give {latent_channels} and {text_width}"
-        )
+    _check_fits(config, unet, latent_channels, in_channels, text_width)
+    if unet.config.in_channels != in_channels:
+        widen_input(unet, in_channels)
     scheduler = _noise_schedule(config)
     if not torch.cuda.is_available():
         # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
@@ -129,6 +132,23 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
     if config.lora_rank is not None:
         add_lora(unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
     return parts, unet, scheduler
+
+
+def _check_fits(
+    config: TrainConfig, unet: UNet2DConditionModel, latent_channels: int, in_channels: int, text_width: int
+) -> None:
+    has = unet.config.in_channels
+    if has not in {latent_channels, in_channels} or unet.config.cross_attention_dim != text_width:
+        hint = "; an inpainting model goes on with --task inpaint" if has == 2 * latent_channels + 1 else ""
+        raise ConfigError(
+            f"unet: it takes {has} channels and text of {unet.config.cross_attention_dim}; "
+            f"VAE and text encoder give {in_channels} and {text_width}{hint}"
+        )
+    if config.lora_rank is not None and has != in_channels:
+        raise ConfigError(
+            f"lora_rank: task 'inpaint' has to train the inputs that a UNet of {has} channels lacks, and adapters are "
+            f"on attention alone; leave it out, or start from an inpainting model ({in_channels} channels)"
+        )
 
 
 def _noise_schedule(config: TrainConfig) -> DDPMScheduler:
@@ -200,8 +220,9 @@ def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: Train
         model: the UNet, or one with a text encoder in front of it, for batches without hidden states.
     """
     noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    seen = noisy_latents if batch.conditions is None else torch.cat([noisy_latents, batch.conditions], dim=1)
     text = batch.captions if batch.encoder_hidden_states is None else batch.encoder_hidden_states
-    model_output = model(noisy_latents, batch.timesteps, text).sample
+    model_output = model(seen, batch.timesteps, text).sample
     kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
     losses = denoising_loss(model_output, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
     if config.snr_gamma is not None:
@@ -295,12 +316,14 @@ class Validation:
         accelerator: Accelerator,
         parts: FrozenParts,
         scheduler: DDPMScheduler,
-        held_out_loss: HeldOutLoss,
+        data: Data,
         ema: EMA | None,
         log: RunLog,
     ):
         self._config, self._accelerator, self._parts = config, accelerator, parts
-        self._scheduler, self._held_out_loss, self._ema, self._log = scheduler, held_out_loss, ema, log
+        self._scheduler, self._ema, self._log = scheduler, ema, log
+        self._held_out_loss, self._masked_examples = data.held_out_loss, data.masked_examples
+        self._draws = bool(data.masked_examples if config.task == "inpaint" else config.validation_prompts)
         self._folder = Path(config.output_dir) / "validation"
 
     def __call__(self, model: UNet2DConditionModel | UNetWithTextEncoder, done: int) -> None:
@@ -313,7 +336,7 @@ class Validation:
         with self._ema.swapped_into(model) if self._ema else nullcontext(), parts_put_back(model):
             if self._held_out_loss.pictures:
                 self._measure(model, done)
-            if self._config.validation_prompts and done:  # before the first step there is nothing to see
+            if self._draws and done:  # before the first step there is nothing to see
                 self._draw(networks_of(model)["unet"], done)
 
     def _measure(self, model: torch.nn.Module, done: int) -> None:
@@ -325,14 +348,18 @@ class Validation:
     def _draw(self, unet: UNet2DConditionModel, done: int) -> None:
         homes = [(part, part.device) for part in (self._parts.vae, self._parts.text_encoder)]
         self._parts.to(unet.device)
+        pipeline = as_pipeline(self._parts, unet, self._scheduler)
+        how = {
+            "seed": self._config.seed,
+            "num_inference_steps": self._config.validation_inference_steps,
+            "guidance_scale": self._config.validation_guidance_scale,
+        }
         with self._accelerator.autocast():
-            grid = validation_pictures(
-                as_pipeline(self._parts, unet, self._scheduler),
-                self._config.validation_prompts,
-                seed=self._config.seed,
-                num_inference_steps=self._config.validation_inference_steps,
-                guidance_scale=self._config.validation_guidance_scale,
-            )
+            if self._config.task == "inpaint":
+                pipeline = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+                grid = inpainted_pictures(pipeline, self._masked_examples, **how)
+            else:
+                grid = validation_pictures(pipeline, self._config.validation_prompts, **how)
         for part, device in homes:
             part.to(device)
         if not self._accelerator.is_main_process:

@@ -18,7 +18,7 @@ from .latents import downsampling_factor
 from .models import FrozenParts
 from .scheduling_ddpm import DDPMScheduler
 from .survey import survey
-from .validation import HeldOutLoss
+from .validation import HeldOutLoss, MaskedExample, masked_examples
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Data:
     hidden_states: HiddenStates | None
     batches: Batches
     held_out_loss: HeldOutLoss
+    masked_examples: list[MaskedExample]
+    """Pictures to inpaint at each validation; none where that is not what is trained."""
 
 
 def load_data(
@@ -56,9 +58,14 @@ def load_data(
     if folder and hidden_states and _worth_keeping(config.cache_text, hidden_states.bytes, moments.bytes):
         hidden_states.keep(folder)
         parts.text_encoder.to("cpu")  # until validation it only takes up the device's memory
-    if folder:
+    inpainting = config.task == "inpaint"
+    if folder and not inpainting:
         parts.vae.to("cpu")
-    shared = {"vae_config": parts.vae.config, "num_train_timesteps": scheduler.config.num_train_timesteps}
+    shared = {
+        "vae_config": parts.vae.config,
+        "num_train_timesteps": scheduler.config.num_train_timesteps,
+        "inpainting_vae": parts.vae if inpainting else None,
+    }
     batches = Batches(
         pictures,
         moments,
@@ -76,8 +83,9 @@ def load_data(
         **shared,
     )
     held_out_loss = HeldOutLoss(pictures, moments, hidden_states, **shared)
+    examples = masked_examples(pictures) if inpainting else []
     _give_back_memory()
-    return Data(pictures, moments, hidden_states, batches, held_out_loss)
+    return Data(pictures, moments, hidden_states, batches, held_out_loss, examples)
 
 
 def _give_back_memory() -> None:

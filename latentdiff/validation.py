@@ -2,21 +2,25 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from PIL import Image
 
 from . import random_streams
 from .data import CaptionedPictures
 from .grid import labelled_grid
-from .latent_cache import HiddenStates, Moments
-from .latents import sample_latents
+from .latent_cache import HiddenStates, Moments, Pixels
+from .latents import inpainting_conditions, masked_pixels, sample_latents, to_images, to_pixels
 from .losses import denoising_loss, training_target
+from .masks import random_masks
 from .models import UNetWithTextEncoder
 
 TIMESTEPS_PER_PICTURE = 8
+MASKED_EXAMPLES = 6
+_ENCODED_AT_A_TIME = 16
 
 
 class HeldOutLoss:
@@ -30,6 +34,7 @@ class HeldOutLoss:
             marked `held_out` are measured, `max_pictures` at most.
         vae_config: `vae.config`.
         num_train_timesteps: T.
+        inpainting_vae: to measure inpainting, what encodes the masked pictures; each has one mask for all calls.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class HeldOutLoss:
         vae_config,
         num_train_timesteps: int,
         max_pictures: int = 256,
+        inpainting_vae: AutoencoderKL | None = None,
     ):
         rows = np.flatnonzero(pictures.held_out)[:max_pictures]
         self.pictures = len(rows)
@@ -51,18 +57,21 @@ class HeldOutLoss:
         # One timestep from each of `count` equal strata, dealt out to the pictures in a drawn order.
         strata = (torch.arange(count) + 0.5) / count * num_train_timesteps
         timesteps = strata.long()[torch.randperm(count, generator=generator)]
-        self._groups = []  # pictures of one size each: latents, noise, timesteps, text, and whose they are
+        self._groups = []  # pictures of one size each: latents, noise, timesteps, text, whose they are, conditions
         for size in np.unique(pictures.size_of[rows]):
             places = np.flatnonzero(pictures.size_of[rows] == size)
             mean, std = moments(rows[places].tolist())
             latents = sample_latents(vae_config, mean, std, torch.randn(mean.shape, generator=generator))
+            conditions = None
+            if inpainting_vae is not None:
+                conditions = _conditions(pictures, rows[places].tolist(), inpainting_vae, latents.shape)
             of = torch.arange(len(places)).repeat(TIMESTEPS_PER_PICTURE)
             noise = torch.randn(len(of), *mean.shape[1:], generator=generator)
             if hidden_states is None:
                 text = [pictures.captions[row][0] for row in rows[places].tolist()]
             else:
                 text = hidden_states(rows[places].tolist(), [0] * len(places))
-            self._groups.append((latents, noise, timesteps[: len(of)], text, of))
+            self._groups.append((latents, noise, timesteps[: len(of)], text, of, conditions))
             timesteps = timesteps[len(of) :]
 
     @torch.no_grad()
@@ -73,16 +82,31 @@ class HeldOutLoss:
         was_training, device = model.training, model.device
         model.eval()
         losses = []
-        for all_latents, all_noise, all_timesteps, all_text, of in self._groups:
+        for all_latents, all_noise, all_timesteps, all_text, of, all_conditions in self._groups:
             for part in torch.arange(len(of)).split(batch_size):
                 latents, text = all_latents[of[part]].to(device), _text_of(all_text, of[part], device)
                 noise, timesteps = all_noise[part].to(device), all_timesteps[part].to(device)
+                seen = scheduler.add_noise(latents, noise, timesteps)
+                if all_conditions is not None:
+                    seen = torch.cat([seen, all_conditions[of[part]].to(device)], dim=1)
                 with autocast():
-                    output = model(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+                    output = model(seen, timesteps, text).sample
                 kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
                 losses.append(denoising_loss(output, training_target(kind, latents, noise, abar, timesteps)).cpu())
         model.train(was_training)
         return float(torch.cat(losses).mean())
+
+
+def _conditions(
+    pictures: CaptionedPictures, rows: list[int], vae: AutoencoderKL, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Each row's mask and masked picture, the same at every call."""
+    pixels = Pixels(pictures)(rows, [0] * len(rows), [False] * len(rows))
+    size = (pixels.shape[-1], pixels.shape[-2])
+    masks = random_masks((random_streams.generator(0, "held-out mask", row) for row in rows), size)
+    noise = torch.randn(shape, generator=random_streams.generator(0, "held-out masked posterior", *size))
+    parts = zip(*(tensor.split(_ENCODED_AT_A_TIME) for tensor in (pixels, masks, noise)), strict=True)
+    return torch.cat([inpainting_conditions(vae, *part).cpu() for part in parts])
 
 
 def _text_of(text: torch.Tensor | list[str], pictures: torch.Tensor, device: torch.device) -> torch.Tensor | list[str]:
@@ -107,3 +131,62 @@ def validation_pictures(
     ).images
     pipeline.unet.train(was_training)
     return labelled_grid(images, prompts, columns=min(4, len(prompts)))
+
+
+@dataclass(frozen=True)
+class MaskedExample:
+    """A picture to inpaint at every validation under its own caption."""
+
+    caption: str
+    image: Image.Image
+    mask: Image.Image
+    """White is to be painted."""
+
+    @property
+    def masked(self) -> Image.Image:
+        """What the UNet sees of it."""
+        mask = torch.from_numpy(np.asarray(self.mask, np.float32) / 255)
+        return to_images(masked_pixels(to_pixels([self.image]), mask))[0]
+
+
+def masked_examples(pictures: CaptionedPictures, count: int = MASKED_EXAMPLES) -> list[MaskedExample]:
+    """Of the first pictures that are held out, then of those that are not, each with a mask that is always the same."""
+    held_out, trained = np.flatnonzero(pictures.held_out), np.flatnonzero(~pictures.held_out)
+    rows = [*held_out[: max(count // 2, count - len(trained))], *trained][:count]
+    examples = []
+    for row in map(int, rows):
+        image = pictures.image(row)
+        generator = random_streams.generator(0, "example's mask", row)
+        mask = random_masks([generator], image.size, whole_picture=0.0)[0, 0]
+        examples.append(MaskedExample(pictures.captions[row][0], image, Image.fromarray(mask.byte().numpy() * 255)))
+    return examples
+
+
+def inpainted_pictures(
+    pipeline: StableDiffusionInpaintPipeline,
+    examples: Sequence[MaskedExample],
+    *,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Image.Image:
+    """For each example what the UNet sees of it, what it draws from the noise of seed + i, and what it was: a grid."""
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    images, labels = [], []
+    for i, example in enumerate(examples):
+        drawn = pipeline(
+            example.caption,
+            image=example.image,
+            mask_image=example.mask,
+            width=example.image.width,
+            height=example.image.height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(seed + i),
+        ).images[0]
+        images += [example.masked, drawn, example.image]
+        labels += [example.caption, "drawn", "as it was"]
+    pipeline.unet.train(was_training)
+    return labelled_grid(images, labels, columns=3)

@@ -1,0 +1,99 @@
+"""Random masks to learn inpainting from, at pixel resolution; 1 is to be painted, 0 is known.
+
+A mixture, since a mask of one kind teaches that kind alone: rectangles; strokes of a brush, as a person paints them
+(Yu et al. 2018, "Free-Form Image Inpainting with Gated Convolution", arXiv 1806.03589, supplement; thick ones are what
+LaMa, arXiv 2109.07161, found to matter); borders, for outpainting; and in a quarter of the cases everything, as Stable
+Diffusion's inpainting model was trained, so that drawing whole pictures from words stays trained.
+
+Each function draws from the generator it is given, and from nothing else.
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+WHOLE_PICTURE = 0.25  # probability
+
+
+def random_masks(
+    generators: Iterable[torch.Generator], size: tuple[int, int], whole_picture: float = WHOLE_PICTURE
+) -> torch.Tensor:
+    """One mask from each generator -> (B, 1, H, W) float32 of zeros and ones.
+
+    Args:
+        generators: of the CPU, fresh ones for each mask, so that it does not depend on the others.
+        size: width and height.
+        whole_picture: probability of a mask that leaves nothing known.
+    """
+    masks = [np.asarray(_random_mask(generator, *size, whole_picture), np.float32) for generator in generators]
+    return torch.from_numpy(np.stack(masks))[:, None]
+
+
+def _random_mask(generator: torch.Generator, width: int, height: int, whole_picture: float) -> Image.Image:
+    if _uniform(generator)[0] < whole_picture:
+        return Image.new("1", (width, height), 1)
+    draw_kind = (_rectangles, _strokes, _border)[_integer(generator, 0, 2)]
+    mask = Image.new("1", (width, height), 0)
+    draw_kind(generator, ImageDraw.Draw(mask), width, height)
+    return mask
+
+
+def _rectangles(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, height: int) -> None:
+    """One to three, with sides of an eighth to five eighths of the picture's."""
+    for _ in range(_integer(generator, 1, 3)):
+        sides = _uniform(generator, 2) * 0.5 + 0.125
+        left, top = _uniform(generator, 2) * (1 - sides)
+        right, bottom = left + sides[0], top + sides[1]
+        pen.rectangle([left * width, top * height, right * width - 1, bottom * height - 1], fill=1)
+
+
+def _strokes(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, height: int) -> None:
+    """One to three strokes with round ends: from a random place, each next piece turns by up to 2/5 of a half circle to
+    alternating sides."""
+    shorter = min(width, height)
+    for _ in range(_integer(generator, 1, 3)):
+        thickness = float(_uniform(generator)[0] * 0.25 + 0.06) * shorter
+        points = [tuple(_uniform(generator, 2) * (width, height))]
+        heading = float(_uniform(generator)[0]) * 2 * math.pi
+        for piece in range(_integer(generator, 1, 5)):
+            length, turn = _uniform(generator, 2)
+            heading += (1 if piece % 2 else -1) * turn * 0.4 * math.pi
+            reach = (0.1 + 0.4 * length) * shorter
+            x, y = points[-1]
+            # Within the picture: a stroke that runs out of it would paint nothing.
+            x, y = x + reach * math.cos(heading), y + reach * math.sin(heading)
+            points.append((min(max(x, 0), width), min(max(y, 0), height)))
+        pen.line(points, fill=1, width=max(1, round(thickness)))
+        for x, y in points:
+            radius = thickness / 2
+            pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1)
+
+
+def _border(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, height: int) -> None:
+    """What lies beyond a straight line at any angle, or in as many cases all but a rectangle."""
+    if _uniform(generator)[0] < 0.5:
+        sides = _uniform(generator, 2) * 0.5 + 0.3
+        left, top = _uniform(generator, 2) * (1 - sides)
+        right, bottom = left + sides[0], top + sides[1]
+        pen.rectangle([0, 0, width, height], fill=1)
+        pen.rectangle([left * width, top * height, right * width - 1, bottom * height - 1], fill=0)
+        return
+    angle, depth = _uniform(generator, 2)
+    x, y = math.cos(2 * math.pi * angle), math.sin(2 * math.pi * angle)
+    # How far the picture reaches from its centre that way; the line lies at -1/2 to 1/2 of that.
+    reach = (abs(x) * width + abs(y) * height) / 2
+    near, far = (depth - 0.5) * reach, width + height
+    edges = [(near, -far), (near, far), (far, far), (far, -far)]
+    pen.polygon([(width / 2 + along * x - across * y, height / 2 + along * y + across * x) for along, across in edges],
+                fill=1)  # fmt: skip
+
+
+def _uniform(generator: torch.Generator, count: int = 1) -> np.ndarray:
+    return torch.rand(count, generator=generator, dtype=torch.float64).numpy()
+
+
+def _integer(generator: torch.Generator, least: int, most: int) -> int:
+    return int(torch.randint(least, most + 1, (), generator=generator))
