@@ -11,17 +11,23 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss a
 
 from conftest import reset_accelerate, tiny_components
 from latentdiff import emoji, pretrain_clip, pretrain_vae
+from latentdiff.clip_guidance import ClipGuidance
 from latentdiff.config import ConfigError
 from latentdiff.latents import encode_moments
 from latentdiff.models import encode_prompt, fingerprint, load_frozen
 from latentdiff.pretrain import warmup_cosine
 from latentdiff.pretrain_clip import (
     MAX_LENGTH,
+    LockedTextBatches,
     PretrainCLIPConfig,
+    augment,
+    build_around,
     build_clip,
     clip_loss,
     contrastive_loss,
     draw_batch,
+    load_text_encoder,
+    locked_text_loss,
     tokenize,
     train_tokenizer,
 )
@@ -140,6 +146,107 @@ def test_drawn_batches_keep_to_the_splits(toy_set):
             for said in (caption, second[i]):
                 assert concept.names[0] in said
                 assert not any(f"on a {c} background" in said for c in emoji.COLOURS if concept.pair_held_out(c))
+
+
+def test_locked_text_loss_counts_no_true_caption_as_wrong(tiny_pipeline_folder):
+    """With towers that all say the same, the loss is the logarithm of how many captions a picture has to choose from:
+    B + N less those that are true, too, and the same among the B pictures. A true caption would be pushed away.
+    """
+    model = build_around(load_text_encoder(str(tiny_pipeline_folder))[0])
+    for projection in (model.visual_projection, model.text_projection):
+        projection.weight.data.fill_(1.0)
+    model.vision_model.post_layernorm.weight.data.zero_()
+    model.vision_model.post_layernorm.bias.data.fill_(1.0)
+    also_true = torch.zeros(4, 4, dtype=torch.bool)
+    also_true[0, 1] = also_true[0, 2] = also_true[3, 1] = True
+    with torch.no_grad():
+        loss = locked_text_loss(model, torch.zeros(4, 3, 64, 64), torch.ones(10, 16), also_true)
+    pictures = sum(math.log(n) for n in (8, 10, 10, 9)) / 4
+    captions = sum(math.log(n) for n in (4, 2, 3, 4)) / 4
+    assert loss.item() == pytest.approx((pictures + captions) / 2, rel=1e-5)
+
+
+def test_locked_text_loss_without_others_is_that_of_the_pairs(tiny_pipeline_folder):
+    """Pictures and captions would be compared otherwise than CLIP compares them."""
+    text_encoder, tokenizer = load_text_encoder(str(tiny_pipeline_folder))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_around(text_encoder)
+    pixels, ids = torch.randn(3, 3, 64, 64, generator=seeded()), tokenize(tokenizer, TEXTS)
+    with torch.no_grad():
+        peer = image_text_loss(model(input_ids=ids, pixel_values=pixels).logits_per_text)
+        pooled = text_encoder(ids).pooler_output
+        ours = locked_text_loss(model, pixels, pooled, torch.zeros(3, 3, dtype=torch.bool))
+    torch.testing.assert_close(ours, peer)
+
+
+class Numbering:
+    """Stands for tokenizer and text tower: what it says of a caption is how many it was given before."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.said = []
+
+    def tokenize(self, tokenizer, texts):
+        self.said += texts
+        return torch.arange(len(self.said) - len(texts), len(self.said))
+
+    def __call__(self, numbers):
+        return type("Output", (), {"pooler_output": numbers[:, None]})
+
+
+def test_drawn_captions_beside_a_locked_text(toy_set, monkeypatch):
+    """A picture would stand beside another's caption, or a true caption count as wrong; the others be too few."""
+    concepts = [[i for i in toy_set.indices() if toy_set.rows[i][0] is concept] for concept in
+                dict.fromkeys(toy_set.rows[i][0] for i in toy_set.indices())]  # fmt: skip
+    tower = Numbering()
+    monkeypatch.setattr(pretrain_clip, "tokenize", tower.tokenize)
+    batches = LockedTextBatches(toy_set, concepts, tower, None)
+    assert len(set(tower.said)) == len(tower.said)  # each once
+
+    true_of = {}  # caption -> the pictures that it is true of
+    for concept, views in enumerate(concepts):
+        for i in views:
+            for colour in emoji.BACKGROUNDS:
+                for caption in emoji.captions(*toy_set.rows[i], colour):
+                    true_of.setdefault(caption, set()).add((concept, i, colour))
+
+    rows, count = torch.arange(3), 12
+    for seed in range(5):
+        pixels, pooled, also_true = batches.draw(rows, seeded(seed))
+        said = [tower.said[int(number)] for number in pooled[:, 0]]
+        assert pixels.shape == (count, 3, 64, 64)
+        assert len(said) == count + len(concepts) - len(rows)
+        of = [{concept for concept, *_ in true_of[caption]} for caption in said]
+        assert of[:count] == [{row % 3} for row in range(count)]
+        assert of[count:] == [{concept} for concept in range(3, len(concepts))]
+        same = torch.tensor([[a == b for b in said[:count]] for a in said[:count]]) & ~torch.eye(
+            count, dtype=torch.bool
+        )
+        may = torch.tensor([[bool(true_of[a] & true_of[b]) for b in said[:count]] for a in said[:count]])
+        assert (also_true | ~same).all()  # the same words are true of both
+        assert (may | ~also_true).all() and not also_true.diagonal().any()
+        assert also_true.any()
+        held_out = [concept.pair_held_out(c) for concept, c in (
+            (toy_set.rows[i][0], c) for caption in said for _, i, c in true_of[caption])]  # fmt: skip
+        assert not any(held_out)
+
+
+def test_what_augmentation_does():
+    """Half of the pictures would not be blurred or half not noisy: those of a sampler would be like none of them."""
+    flat = augment(torch.full((400, 3, 16, 16), 0.5), seeded())
+    deviation = (flat - 0.5).flatten(1).std(dim=1)
+    noisy = deviation > 1e-5  # neither moving nor blurring changes a flat picture
+    assert 0.4 < noisy.float().mean() < 0.6 and deviation.max() < 0.33
+    assert deviation[noisy].mean().item() == pytest.approx(0.15, abs=0.02)
+
+    edge = torch.ones(400, 3, 64, 64)
+    edge[..., 32:] = -1
+    steepest = augment(edge, seeded())[~noisy].diff(dim=-1).abs().amax(dim=(1, 2, 3))
+    assert 0.4 < (steepest < 1).float().mean() < 0.6  # a sharp edge falls by 2 within two pixels
+    # Of a blurred edge of height 2 the slope is 2 / (sqrt(2 pi) sigma), at its least with sigma = 3
+    assert steepest.min().item() == pytest.approx(2 / (2 * math.pi) ** 0.5 / 3, rel=0.1)
 
 
 def test_blend():
@@ -286,6 +393,55 @@ def test_both_parts_train_resume_exactly_and_are_what_training_takes(toy_set, tm
         peer = clips[0].text_model(ids).last_hidden_state
     torch.testing.assert_close(hidden[:1, : ids.shape[1]], peer)
     assert type(straight.vae) is AutoencoderKL
+
+
+def test_a_locked_text_encoder_gets_eyes_and_stays_as_it_is(toy_set, tiny_pipeline_folder, tmp_path, monkeypatch):
+    """Prompts would mean something else to the CLIP than to the UNet, a killed run give another CLIP, or the saved one
+    not be what CLIP guidance loads.
+    """
+    monkeypatch.setattr(pretrain_clip.emoji, "load", lambda: toy_set)
+    settings = {"text_encoder_of": str(tiny_pipeline_folder)}
+    run(pretrain_clip, PretrainCLIPConfig, tmp_path / "straight", **settings)
+    with monkeypatch.context() as patched:
+        stop_at(patched, pretrain_clip, "locked_text_loss", call=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(pretrain_clip, PretrainCLIPConfig, tmp_path / "killed", **settings)
+    torch.manual_seed(99)  # nothing may hang on the global generator
+    run(pretrain_clip, PretrainCLIPConfig, tmp_path / "killed", resume_from_checkpoint="latest", **settings)
+    straight, killed = (CLIPModel.from_pretrained(tmp_path / name / "clip") for name in ("straight", "killed"))
+    assert fingerprint(straight) == fingerprint(killed)
+
+    text_encoder, _ = load_text_encoder(str(tiny_pipeline_folder))
+    assert fingerprint(straight.text_model) == fingerprint(text_encoder)
+    assert not (tmp_path / "straight" / "text_encoder").exists()
+    torch.manual_seed(0)
+    new = build_around(text_encoder)
+    for part in ("vision_model", "visual_projection", "text_projection"):
+        assert fingerprint(getattr(straight, part)) != fingerprint(getattr(new, part))
+
+    clip = ClipGuidance.from_pretrained(tmp_path / "straight" / "clip", scale=1.0)
+    with torch.no_grad():
+        pixels = torch.rand(1, 3, 64, 64, generator=seeded()) * 2 - 1
+        peer = straight(input_ids=tokenize(clip.tokenizer, ["a cat"]), pixel_values=pixels)
+        score = clip.score(pixels, clip.embed_text(["a cat"], "cpu"))
+    torch.testing.assert_close(score, peer.logits_per_image[0] / straight.logit_scale.exp())
+
+
+def test_a_saved_clip_in_half_precision(toy_set, tiny_pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_clip.emoji, "load", lambda: toy_set)
+    settings = {"text_encoder_of": str(tiny_pipeline_folder), "save_dtype": "fp16", "max_train_steps": 1}
+    run(pretrain_clip, PretrainCLIPConfig, tmp_path, **settings)
+    assert CLIPModel.from_pretrained(tmp_path / "clip").dtype == torch.float16
+
+
+def test_a_text_encoder_that_cannot_be_used_is_an_error_that_names_the_setting(tiny_pipeline_folder, tmp_path):
+    with pytest.raises(ConfigError, match=f"text_encoder_of: no text encoder .*{tmp_path}"):
+        load_text_encoder(str(tmp_path))
+    (tmp_path / "text_encoder").symlink_to(tiny_pipeline_folder / "text_encoder")  # and no tokenizer
+    with pytest.raises(ConfigError, match="text_encoder_of: "):
+        load_text_encoder(str(tmp_path))
+    with pytest.raises(ConfigError, match="vocab_size is 600; with text_encoder_of it must be left out"):
+        PretrainCLIPConfig(text_encoder_of=str(tiny_pipeline_folder), vocab_size=600)
 
 
 def test_a_decoder_trained_further_leaves_the_latents_as_they_are(toy_set, tmp_path, monkeypatch):
