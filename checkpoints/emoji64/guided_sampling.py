@@ -231,10 +231,12 @@ class GuidedSampling:
         for name in custom.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
             raise ValueError(f"{type(self.scheduler).__name__} takes no {name} of yours: pass num_inference_steps")
         self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
-        steps = len(timesteps or sigmas or range(num_inference_steps))
-        # Rounded, where 0.29 * 100 steps is 28.999…; and never none, which would return the picture as it is.
-        skipped = (steps - max(round(steps * strength), 1)) * self.scheduler.order
-        if skipped and hasattr(self.scheduler, "set_begin_index"):
+        steps = num_inference_steps
+        if custom:  # of which samplers of order 2 make two each but the last
+            steps = math.ceil(len(self.scheduler.timesteps) / self.scheduler.order)
+        # 0.29 * 100 steps is 28.999… in floating point; and never none, which would return the picture as it is.
+        skipped = (steps - max(int(round(steps * strength, 6)), 1)) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped)
         self._num_timesteps = len(self.scheduler.timesteps) - skipped
         return self.scheduler.timesteps[skipped:]
@@ -264,7 +266,7 @@ class GuidedSampling:
             theirs, ours = guide_unet.config.in_channels, self.unet.config.in_channels
             if theirs != ours:
                 raise ValueError(f"guide_unet takes {theirs} channels and the pipeline's own UNet {ours}")
-            guide_unet = guide_unet.to(device=device, dtype=dtype)
+            guide_unet = (guide_unet if guide_unet.dtype == dtype else guide_unet.to(dtype)).to(device)
         if clip_guidance is not None:
             self._noise_levels([])
             if prompts is None:

@@ -198,7 +198,7 @@ class PromptEmbedding:
         hidden = self._run_text_encoder(ids, mask, device, clip_skip)
         if (weights != 1).any():
             nothing = self._run_text_encoder(empty.input_ids, empty.attention_mask, device, clip_skip)
-            hidden = nothing + weights[..., None].to(hidden) * (hidden - nothing)
+            hidden = torch.lerp(nothing, hidden, weights[..., None].to(hidden))  # exact where the weight is 1
         return hidden.reshape(len(texts), -1, hidden.shape[-1])
 
     def _run_text_encoder(
