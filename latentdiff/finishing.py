@@ -126,15 +126,19 @@ def _write_card(config: TrainConfig) -> None:
     from_pretrained = config.unet == "pretrained"
     source = config.pretrained_model_name_or_path
     is_hub_id = not Path(source).exists()
+    inpaints = config.task == "inpaint"
+    kind = "inpainting model: it paints what a mask leaves open, after words" if inpaints else "text-to-image model"
+    what_is_drawn = "masked, drawn, and as it was" if inpaints else "; ".join(config.validation_prompts)
     model_card(
         repo_name(config),
         license="other" if own or from_pretrained else "cc-by-sa-4.0",
         repo_id=config.hub_model_id,
-        description="A latent text-to-image diffusion model, trained with latentdiff."
+        description=f"A latent diffusion {kind}. Trained with latentdiff."
         if config.lora_rank is None
         else f"LoRA weights of rank {config.lora_rank} for {source}, trained with latentdiff.",
         lora_of=source if config.lora_rank else None,
-        samples={str(pictures[-1].relative_to(folder)): "; ".join(config.validation_prompts)} if pictures else None,
+        inpaints=inpaints,
+        samples={str(pictures[-1].relative_to(folder)): what_is_drawn} if pictures else None,
         prompt=next(iter(config.validation_prompts), "a cat"),
         training_command=training_command(asdict(config)),
         sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",

@@ -38,6 +38,7 @@ def model_card(
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
     lora_of: str | None = None,
+    inpaints: bool = False,
 ) -> ModelCard:
     """Build the README.md of a saved folder; `.save(folder / "README.md")` writes it. What is not given has no section.
 
@@ -52,6 +53,7 @@ def model_card(
         base_model: the Hub model that training started from; None from scratch.
         datasets: Hub data sets, by id.
         lora_of: the folder holds LoRA weights alone, for this model.
+        inpaints: the model paints what a mask leaves open.
 
     Raises:
         ValueError: a picture's path that is not inside the folder.
@@ -62,7 +64,7 @@ def model_card(
             raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
     sections = {
         "Samples": _picture_table(samples),
-        "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of),
+        "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of, inpaints),
         "Sampler": sampler,
         "Metrics": _table(("measure", "value"), (metrics or {}).items()),
         "Training": _code("bash", training_command) if training_command else "",
@@ -70,12 +72,13 @@ def model_card(
         "Data, licences and credits": _table(("data", "licence and credit"), (data or {}).items()),
         "Limits": "\n".join(f"- {limit}" for limit in limits),
     }
+    kinds = [kind for kind, is_one in (("lora", lora_of), ("inpainting", inpaints)) if is_one]
     front = ModelCardData(
         language="en",
         license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["latentdiff", "diffusers", "stable-diffusion", "text-to-image", *(["lora"] if lora_of else []), *tags],
+        tags=["latentdiff", "diffusers", "stable-diffusion", "text-to-image", *kinds, *tags],
         base_model=base_model,
         datasets=list(datasets) or None,
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in samples.items()] or None,
@@ -84,12 +87,22 @@ def model_card(
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n")
 
 
-def _usage(source: str, prompt: str, lora_of: str | None) -> str:
-    """The three ways to load the folder, or the two to load LoRA weights, which all draw the same picture."""
+def _usage(source: str, prompt: str, lora_of: str | None, inpaints: bool) -> str:
+    """The three ways to load the folder, or the two to load LoRA weights, which all draw the same picture; or the two
+    to paint into one, since text to image is what the folder's own `pipeline.py` draws."""
     source, prompt, base = (json.dumps(text, ensure_ascii=False) for text in (source, prompt, lora_of))
+    ours, theirs = ("latentdiff", "LatentDiffPipeline"), ("diffusers", "StableDiffusionPipeline")
+    call = f"pipe({prompt}).images[0]"
+    if inpaints:
+        ours = ("latentdiff.pipelines.inpaint", "LatentDiffInpaintPipeline")
+        theirs = ("diffusers", "StableDiffusionInpaintPipeline")
+        call = (
+            'picture, mask = load_image("picture.png"), load_image("mask.png")  # white is painted\n'
+            f"pipe({prompt}, image=picture, mask_image=mask).images[0]"
+        )
     ways = [
-        ("With latentdiff", "latentdiff", "LatentDiffPipeline", ""),
-        ("With diffusers alone", "diffusers", "StableDiffusionPipeline", ""),
+        ("With latentdiff", *ours, ""),
+        ("With diffusers alone", *theirs, ""),
         (
             "With diffusers, and the pipeline and schedulers that this folder carries",
             "diffusers",
@@ -98,11 +111,12 @@ def _usage(source: str, prompt: str, lora_of: str | None) -> str:
         ),
     ]
     blocks = []
-    for title, package, pipeline, options in ways[:2] if lora_of else ways:
+    for title, package, pipeline, options in ways[:2] if lora_of or inpaints else ways:
         loaded = base if lora_of else source
-        load = f"from {package} import {pipeline}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
+        helper = "\nfrom diffusers.utils import load_image" if inpaints else ""
+        load = f"from {package} import {pipeline}{helper}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
         load += f"\npipe.load_lora_weights({source})" if lora_of else ""
-        blocks.append(f"{title}:\n\n" + _code("python", f"{load}\npipe({prompt}).images[0]"))
+        blocks.append(f"{title}:\n\n" + _code("python", f"{load}\n{call}"))
     return "\n\n".join(blocks)
 
 

@@ -47,7 +47,7 @@ def _rectangles(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int
         sides = _uniform(generator, 2) * 0.5 + 0.125
         left, top = _uniform(generator, 2) * (1 - sides)
         right, bottom = left + sides[0], top + sides[1]
-        pen.rectangle([left * width, top * height, right * width - 1, bottom * height - 1], fill=1)
+        _fill(pen, left * width, top * height, right * width, bottom * height, 1)
 
 
 def _strokes(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, height: int) -> None:
@@ -56,7 +56,7 @@ def _strokes(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, h
     shorter = min(width, height)
     for _ in range(_integer(generator, 1, 3)):
         thickness = float(_uniform(generator)[0] * 0.25 + 0.06) * shorter
-        points = [tuple(_uniform(generator, 2) * (width, height))]
+        points = [tuple(_uniform(generator, 2) * (width - 1, height - 1))]
         heading = float(_uniform(generator)[0]) * 2 * math.pi
         for piece in range(_integer(generator, 1, 5)):
             length, turn = _uniform(generator, 2)
@@ -65,7 +65,7 @@ def _strokes(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, h
             x, y = points[-1]
             # Within the picture: a stroke that runs out of it would paint nothing.
             x, y = x + reach * math.cos(heading), y + reach * math.sin(heading)
-            points.append((min(max(x, 0), width), min(max(y, 0), height)))
+            points.append((min(max(x, 0), width - 1), min(max(y, 0), height - 1)))
         pen.line(points, fill=1, width=max(1, round(thickness)))
         for x, y in points:
             radius = thickness / 2
@@ -78,8 +78,8 @@ def _border(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, he
         sides = _uniform(generator, 2) * 0.5 + 0.3
         left, top = _uniform(generator, 2) * (1 - sides)
         right, bottom = left + sides[0], top + sides[1]
-        pen.rectangle([0, 0, width, height], fill=1)
-        pen.rectangle([left * width, top * height, right * width - 1, bottom * height - 1], fill=0)
+        _fill(pen, 0, 0, width, height, 1)
+        _fill(pen, left * width, top * height, right * width, bottom * height, 0)
         return
     angle, depth = _uniform(generator, 2)
     x, y = math.cos(2 * math.pi * angle), math.sin(2 * math.pi * angle)
@@ -87,8 +87,13 @@ def _border(generator: torch.Generator, pen: ImageDraw.ImageDraw, width: int, he
     reach = (abs(x) * width + abs(y) * height) / 2
     near, far = (depth - 0.5) * reach, width + height
     edges = [(near, -far), (near, far), (far, far), (far, -far)]
-    pen.polygon([(width / 2 + along * x - across * y, height / 2 + along * y + across * x) for along, across in edges],
-                fill=1)  # fmt: skip
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    pen.polygon([(middle_x + a * x - b * y, middle_y + a * y + b * x) for a, b in edges], fill=1)
+
+
+def _fill(pen: ImageDraw.ImageDraw, left: float, top: float, right: float, bottom: float, value: int) -> None:
+    """The pixels whose middles lie within; a pen's own edges are numbers of pixels, the last one included."""
+    pen.rectangle([round(left), round(top), round(right) - 1, round(bottom) - 1], fill=value)
 
 
 def _uniform(generator: torch.Generator, count: int = 1) -> np.ndarray:

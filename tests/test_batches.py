@@ -5,8 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 
+from latentdiff import batches as module
 from latentdiff.batches import Batch, Batches
+from latentdiff.latents import encode_moments, to_pixels
 
 CONFIG = SimpleNamespace(scaling_factor=0.5, shift_factor=None)
 
@@ -28,6 +32,11 @@ class Toy:
 
     def name(self, row):
         return f"{row}.png"
+
+    def image(self, row, crop):
+        """Of the latents' shape, times the VAE's factor of 4."""
+        shades = np.random.default_rng([row, crop]).integers(0, 256, (12, 4 * (3 + self.size_of[row]), 3), np.uint8)
+        return Image.fromarray(shades)
 
     def moments(self, rows, crops, flips):
         (size,) = set(self.size_of[rows].tolist())
@@ -276,3 +285,84 @@ def test_pictures_of_several_sizes_on_any_number_of_processes(processes, accumul
         ]
         for field in FIELDS:
             assert torch.equal(torch.cat([getattr(share, field) for share in shares]), getattr(whole, field))
+
+
+# ---- inpainting -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    """Of Toy's two latent channels, on a quarter of the pictures' sides."""
+    return AutoencoderKL(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=2,
+        norm_num_groups=2,
+        scaling_factor=CONFIG.scaling_factor,
+    ).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "micro_batch"), [(1, 1, 8), (2, 1, 4), (1, 2, 4), (2, 2, 2), (8, 1, 1)]
+)
+def test_masks_and_masked_pictures_on_any_number_of_processes(vae, processes, accumulation, micro_batch):
+    """Two GPUs would learn from other masks than one, or inpainting from other noise and words than text to image."""
+    toy = Toy(30, size_of=[0] * 20 + [1] * 10)
+    settings = {"random_flip": True, "inpainting_vae": vae}
+    for step in (0, 3):
+        plain, whole = batches(toy, random_flip=True).at(step), batches(toy, **settings).at(step)
+        shares = [
+            batches(
+                toy,
+                micro_batch=micro_batch,
+                accumulation=accumulation,
+                processes=processes,
+                process=process,
+                **settings,
+            ).at(step, micro_step)
+            for micro_step in range(accumulation)
+            for process in range(processes)
+        ]
+        assert plain.conditions is None
+        for field in FIELDS:
+            assert torch.equal(torch.cat([getattr(share, field) for share in shares]), getattr(plain, field)), field
+        conditions = torch.cat([share.conditions for share in shares])
+        assert conditions.shape == (8, 3, *whole.latents.shape[2:])
+        # Of another number of pictures at a time a convolution's last bits differ.
+        torch.testing.assert_close(conditions, whole.conditions, rtol=0, atol=1e-6)
+
+
+def test_masks_are_new_at_every_step_and_for_every_sample(vae):
+    """One mask for all, or for a picture in all epochs, would be learnt by heart."""
+    drawn = batches(inpainting_vae=vae, micro_batch=10)  # one step is an epoch
+    masks = torch.cat([drawn.at(step).conditions[:, 0] for step in range(10)])
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    # At 3 x 3 many are alike, but of 100 the share that are all open is a quarter, and of what is left few are equal.
+    assert len(masks.flatten(1).unique(dim=0)) > 25
+    again = batches(inpainting_vae=vae, micro_batch=10)
+    assert torch.equal(again.at(7).conditions[:, 0], masks[70:80])  # a resume asks for this step first
+
+
+def test_what_is_masked_is_the_crop_and_the_mirror_image_that_is_trained_on(vae, monkeypatch):
+    """The known part would be another picture than the one to be drawn around it."""
+    monkeypatch.setattr(module, "random_masks", lambda generators, size: torch.zeros(8, 1, *size[::-1]))
+    monkeypatch.setattr(Batches, "_normal", lambda self, stream, step, shape: torch.zeros(shape))
+    toy = Toy(10, crops=3)
+    batch = batches(toy, inpainting_vae=vae, random_flip=True).at(1)
+    shown = (batch.latents[:, 0, 0, 0] / CONFIG.scaling_factor).long().tolist()  # row + 100 crop + 10 flip
+    assert len({number // 10 % 10 for number in shown}) == 2 and len({number // 100 for number in shown}) == 3
+    for number, condition in zip(shown, batch.conditions, strict=True):
+        pixels = to_pixels([toy.image(number % 10, number // 100)])
+        mean, _ = encode_moments(vae, pixels.flip(-1) if number // 10 % 10 else pixels)
+        assert condition[0].abs().max() == 0
+        torch.testing.assert_close(condition[1:], mean[0] * CONFIG.scaling_factor, rtol=0, atol=1e-6)
+
+
+def test_pixels_are_read_ahead_with_the_rest(vae):
+    """Every step would wait until its pictures are decoded; or the masks read ahead be those of another step."""
+    ahead, anew = batches(inpainting_vae=vae), batches(kept=False, inpainting_vae=vae)
+    for step in range(4):
+        assert torch.equal(ahead.at(step).conditions, anew.at(step).conditions)
+    ((turn, future),) = ahead._ahead.items()
+    assert turn == (4, 0) and future.result().pixels.shape == (8, 3, 12, 12)

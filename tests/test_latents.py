@@ -5,10 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from conftest import tiny_components
-from latentdiff.latents import decode_latents, downsampling_factor, encode_moments, sample_latents, to_images, to_pixels
+from latentdiff.latents import (
+    decode_latents,
+    downsampling_factor,
+    encode_moments,
+    inpainting_conditions,
+    sample_latents,
+    to_images,
+    to_pixels,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +79,26 @@ def test_decoding_undoes_the_scaling(vae):
 def test_downsampling_factor_is_what_the_vae_does(vae):
     mean, _ = encode_moments(vae, pixels(1, 32))
     assert downsampling_factor(vae) == 32 // mean.shape[-1] == 4
+
+
+def test_inpainting_conditions_are_what_diffusers_pipeline_gives_its_unet():
+    """What is trained on, of masks, grey, scale, posterior or order, would not be what the model is drawn with."""
+    parts = tiny_components()
+    pipeline = StableDiffusionInpaintPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    mask = (torch.rand(1, 1, 16, 24, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+    init = pipeline.image_processor.preprocess(image, height=16, width=24)
+    condition = pipeline.mask_processor.preprocess(
+        Image.fromarray((mask[0, 0] * 255).byte().numpy()), height=16, width=24
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        theirs = pipeline.prepare_mask_latents(
+            condition, init * (condition < 0.5), 1, 16, 24, torch.float32, "cpu", generator, False
+        )
+    noise = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+    ours = inpainting_conditions(parts["vae"], to_pixels([image]), mask, noise)
+    assert ours.shape == (1, 5, 4, 6)
+    torch.testing.assert_close(ours, torch.cat(theirs, dim=1), rtol=0, atol=1e-6)

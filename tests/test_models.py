@@ -18,6 +18,7 @@ from latentdiff.models import (
     freeze,
     load_frozen,
     load_unet,
+    widen_input,
 )
 
 
@@ -126,6 +127,24 @@ def test_presets_fit_what_is_frozen(preset):
     latents, words = torch.zeros(1, 4, 16, 16), torch.zeros(1, 20, 192)
     with torch.no_grad():
         assert unet(latents, torch.tensor([5]), words).sample.shape == latents.shape
+
+
+def test_a_widened_input_changes_nothing_until_it_is_trained(tmp_path):
+    """Inpainting would start from a damaged model, not from what it drew; or not load again with its new width."""
+    unet, torch_state = tiny_components()["unet"], torch.get_rng_state()
+    latents, words = torch.randn(2, 4, 4, 4), torch.randn(2, 8, 16)
+    more, timesteps = torch.randn(2, 5, 4, 4), torch.tensor([3, 900])
+    with torch.no_grad():
+        before = unet(latents, timesteps, words).sample
+        torch.set_rng_state(torch_state)
+        widen_input(unet, 9)
+        assert torch.equal(torch.get_rng_state(), torch_state)  # nor may it draw from the global generator
+        after = unet(torch.cat([latents, more], dim=1), timesteps, words).sample
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    unet.save_pretrained(tmp_path / "unet")
+    again = load_unet(str(tmp_path))
+    assert again.config.in_channels == 9 and again.config.out_channels == 4
+    assert fingerprint(again) == fingerprint(unet) and all(p.requires_grad for p in again.conv_in.parameters())
 
 
 def small(seed: int) -> UNet2DConditionModel:
