@@ -197,6 +197,16 @@ def test_nothing_changes_without_a_scale_or_without_signal(scale, abar, predicti
     assert torch.equal(output, torch.sin(x))
 
 
+def test_only_within_its_interval():
+    """The CLIP would be asked at noise levels where it was to be left out, sigma_lo among them, sigma_hi not."""
+    clip, x, table = guidance(interval=(0.5, 2.0)), drawn(2, 3, SIZE, SIZE), {}
+    text = clip.embed_text(PROMPTS, "cpu")
+    for sigma in (0.25, 0.5, 1.0, 2.0, 4.0):
+        output = clip.guide(torch.sin, x, 1 / (1 + sigma**2), "epsilon", same, text)
+        table[sigma] = not torch.equal(output, torch.sin(x))
+    assert table == {0.25: False, 0.5: False, 1.0: True, 2.0: True, 4.0: False}
+
+
 def test_a_small_step_raises_the_score():
     """The sampler would be pushed away from the prompt: x_0 of the guided epsilon must match it better."""
     clip, x, table = guidance(0.5), drawn(2, 3, SIZE, SIZE), torch.tensor([0.9])
@@ -245,7 +255,12 @@ def test_half_precision():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scale": -1.0}, "scale is -1.0"), ({"cutouts": 1}, "cutouts is 1"), ({"cutouts": -2}, "cutouts is -2")],
+    [
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"cutouts": 1}, "cutouts is 1"),
+        ({"cutouts": -2}, "cutouts is -2"),
+        ({"interval": (2.0, 1.0)}, r"\(2.0, 1.0\)"),
+    ],
 )
 def test_settings_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):

@@ -221,9 +221,7 @@ def test_drawn_captions_beside_a_locked_text(toy_set, monkeypatch):
         of = [{concept for concept, *_ in true_of[caption]} for caption in said]
         assert of[:count] == [{row % 3} for row in range(count)]
         assert of[count:] == [{concept} for concept in range(3, len(concepts))]
-        same = torch.tensor([[a == b for b in said[:count]] for a in said[:count]]) & ~torch.eye(
-            count, dtype=torch.bool
-        )
+        same = torch.tensor([[a == b for b in said[:count]] for a in said[:count]]).fill_diagonal_(False)
         may = torch.tensor([[bool(true_of[a] & true_of[b]) for b in said[:count]] for a in said[:count]])
         assert (also_true | ~same).all()  # the same words are true of both
         assert (may | ~also_true).all() and not also_true.diagonal().any()
