@@ -3,7 +3,7 @@
 Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2) with the similarity of a CLIP for the
 classifier's log-probability (GLIDE, Nichol et al. 2021, arXiv 2112.10741, section 2.4). GLIDE trained a CLIP on noisy
 pictures; here any CLIP looks at the x_0 that the network predicts, decoded, and the gradient goes back to x_t. This
-file travels with the weights, so it imports nothing else of this project but the noise schedule.
+file travels with the weights, so of this project it imports only what travels, too.
 """
 
 import os
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .guidance import check_guidance_interval
 from .noise_schedule import PREDICTION_TYPES, at_least_float32, check_choice, predict_x0_and_epsilon
 
 CUTOUT_SHARE = 0.75  # side of a cutout, of the side of the largest square in the picture
@@ -33,12 +34,15 @@ class ClipGuidance:
             drawn.
         through_unet: True has the gradient flow through the network, as GLIDE's does. False takes dx_0/dx_t =
             sqrt(abar), which the best denoiser of white noise of unit variance has, as latents are scaled to be: only
-            the decoder and the CLIP are differentiated, at a third of the cost or less.
+            the decoder and the CLIP are differentiated, which is cheaper and bears larger scales.
+        interval: (sigma_lo, sigma_hi): only while sigma_lo < sigma <= sigma_hi, with the noise level sigma =
+            sqrt((1 - abar) / abar); elsewhere the CLIP is not run. Through the network it is well to leave out the
+            highest levels: errors of epsilon count sigma times in x_0, and those of its gradient too. None is all.
         image_mean, image_std: per channel, of pixels in [0, 1], as in the CLIP's preprocessor_config.json. The default
             leaves pixels in [-1, 1].
 
     Raises:
-        ValueError: negative `scale`, or `cutouts` that is neither 0 nor at least 2.
+        ValueError: negative `scale`, `cutouts` that is neither 0 nor at least 2, or an empty `interval`.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ClipGuidance:
         scale: float,
         cutouts: int = 0,
         through_unet: bool = True,
+        interval: tuple[float, float] | None = None,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
     ):
@@ -56,9 +61,10 @@ class ClipGuidance:
             raise ValueError(f"scale is {scale}; it must not be negative")
         if cutouts < 0 or cutouts == 1:
             raise ValueError(f"cutouts is {cutouts}; it must be 0 or at least 2")
+        check_guidance_interval(interval)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.scale, self.cutouts, self.through_unet = scale, cutouts, through_unet
+        self.scale, self.cutouts, self.through_unet, self.interval = scale, cutouts, through_unet, interval
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
 
     @classmethod
@@ -69,6 +75,7 @@ class ClipGuidance:
         scale: float,
         cutouts: int = 0,
         through_unet: bool = True,
+        interval: tuple[float, float] | None = None,
         subfolder: str = "",
         **options: Any,
     ) -> "ClipGuidance":
@@ -83,9 +90,15 @@ class ClipGuidance:
             where.pop(only_of_weights, None)
         tokenizer = CLIPTokenizer.from_pretrained(path, **where)
         processor, _ = BaseImageProcessor.get_image_processor_dict(path, **where)
-        mean, std = processor["image_mean"], processor["image_std"]
         return cls(
-            model, tokenizer, scale=scale, cutouts=cutouts, through_unet=through_unet, image_mean=mean, image_std=std
+            model,
+            tokenizer,
+            scale=scale,
+            cutouts=cutouts,
+            through_unet=through_unet,
+            interval=interval,
+            image_mean=processor["image_mean"],
+            image_std=processor["image_std"],
         )
 
     def to(self, device: torch.device | str) -> "ClipGuidance":
@@ -149,7 +162,7 @@ class ClipGuidance:
         Args:
             predict: x_t (B, …) -> the network's output (B, …), classifier-free guidance included; it is called once.
             model_input: x_t, of unit variance at every noise level, in the network's dtype.
-            alpha_cumprod: abar_t in [0, 1].
+            alpha_cumprod: abar_t in [0, 1]; outside of `interval` the output is returned as it is.
             prediction_type: what the network's output means, one of `noise_schedule.PREDICTION_TYPES`.
             decode: x_0 (B, …), at least float32 -> pixels (B, 3, H, W) in [-1, 1], differentiable.
             text: (B, D) from `embed_text`.
@@ -162,7 +175,7 @@ class ClipGuidance:
         """
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         abar = float(alpha_cumprod)
-        if abar == 0 or self.scale == 0:
+        if not self._acts_at(abar):
             return predict(model_input)
         signal, sigma = abar**0.5, (1 - abar) ** 0.5
         x_t = model_input.detach().requires_grad_(self.through_unet)
@@ -179,6 +192,11 @@ class ClipGuidance:
             gradient = signal * gradient
         change = {"epsilon": -sigma, "sample": sigma**2 / signal, "v_prediction": -sigma / signal}[prediction_type]
         return (output.detach() + change * at_least_float32(gradient)).to(output.dtype)
+
+    def _acts_at(self, abar: float) -> bool:
+        if abar == 0 or self.scale == 0:
+            return False
+        return self.interval is None or self.interval[0] < ((1 - abar) / abar) ** 0.5 <= self.interval[1]
 
 
 def square_boxes(height: int, width: int, cutouts: int) -> list[tuple[int, int, int]]:
