@@ -100,6 +100,7 @@ def test_yaml_as_a_person_writes_it(tmp_path):
         ("train_data_dir", "/no/such/folder"),
         ("hub_model_id", "me/model"),
         ("mixed_precision", "fp8"),
+        ("task", "outpaint"),
         ("seed", "zero"),
         ("use_ema", 1),
         ("max_train_steps", 2.5),
@@ -123,6 +124,8 @@ def test_settings_that_exclude_each_other(tmp_path):
         TrainConfig(held_out_fraction=0.1)
     with pytest.raises(ConfigError, match="lr_warmup_steps"):
         TrainConfig(lr_scheduler="constant", lr_warmup_steps=10)
+    with pytest.raises(ConfigError, match="validation_prompts: have no effect with task inpaint"):
+        TrainConfig(task="inpaint", validation_prompts=("a cat",))
     with pytest.raises(ConfigError, match="beta_start and beta_end"):
         TrainConfig(beta_schedule="squaredcos_cap_v2", beta_end=0.01)
 

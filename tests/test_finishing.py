@@ -21,6 +21,7 @@ from latentdiff.finishing import training_command
             "lora_rank": 4,
             "validation_prompts": ("a cat", 'it\'s "a" $dog'),
         },
+        {"unet": "pretrained", "task": "inpaint"},
         {"unet": "tiny", "pretrained_model_name_or_path": "x/y", "dataset_name": "my data"},
     ],
     ids=str,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -54,6 +54,20 @@ def test_everything_is_looked_at_and_only_the_list_of_it_is_left(settings, tmp_p
     assert "1 different ones, all within the tokenizer's 8 tokens" in line(lines, "captions")
     assert "10 steps" in line(lines, "time") and "cpu" in line(lines, "memory") and line(lines, "disk")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["pictures.jsonl"]
+
+
+def test_inpainting_is_timed_with_its_masks(settings, monkeypatch):
+    """The check would time another step than the run's, or refuse a run that trains."""
+    monkeypatch.setattr(preflight, "POOR_PSNR", 0.0)
+    seen = []
+    forward = UNet2DConditionModel.forward
+    monkeypatch.setattr(
+        UNet2DConditionModel,
+        "forward",
+        lambda self, sample, *args: seen.append(sample.shape) or forward(self, sample, *args),
+    )
+    assert said(settings, task="inpaint")[-1] == "ready to train"
+    assert seen == [(2, 9, 4, 4)] * (preflight.STEPS_TIMED + 1)
 
 
 def test_warnings_and_their_count(settings, tmp_path, monkeypatch):

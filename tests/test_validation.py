@@ -5,18 +5,33 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionInpaintPipeline
+from PIL import Image
 
 from conftest import tiny_components
 from latentdiff import DDPMScheduler, LatentDiffPipeline
 from latentdiff.ema import EMA
+from latentdiff.grid import labelled_grid
 from latentdiff.losses import denoising_loss
-from latentdiff.models import fingerprint
-from latentdiff.validation import TIMESTEPS_PER_PICTURE, HeldOutLoss, validation_pictures
+from latentdiff.models import fingerprint, widen_input
+from latentdiff.validation import (
+    TIMESTEPS_PER_PICTURE,
+    HeldOutLoss,
+    inpainted_pictures,
+    masked_examples,
+    validation_pictures,
+)
+
+
+def noise_picture(row: int, crop: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(row).integers(0, 256, (16, 16, 3), np.uint8))
 
 
 def held_out_loss(count: int = 6, held_out=(1, 4), steps: int = 1000, size_of=None, **settings) -> HeldOutLoss:
     sizes = np.array(size_of or [0] * count)
-    pictures = SimpleNamespace(held_out=np.array([row in held_out for row in range(count)]), size_of=sizes)
+    pictures = SimpleNamespace(
+        held_out=np.array([row in held_out for row in range(count)]), size_of=sizes, image=noise_picture
+    )
 
     def moments(rows):
         (size,) = set(sizes[rows].tolist())
@@ -41,7 +56,7 @@ class Spy(torch.nn.Module):
     def forward(self, noisy, timesteps, hidden):
         self.asked.append((noisy, timesteps, hidden))
         self.modes.append((self.training, torch.is_grad_enabled()))
-        return SimpleNamespace(sample=torch.zeros_like(noisy))
+        return SimpleNamespace(sample=torch.zeros_like(noisy[:, :4]))
 
 
 SCHEDULER = DDPMScheduler(clip_sample=False)
@@ -63,6 +78,25 @@ def test_the_same_question_at_every_call():
     in_pieces = asked(loss, batch_size=3)
     for other in (again, anew, in_pieces):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_inpainting_is_measured_with_the_same_masks_at_every_call():
+    """A mask that leaves more open would look like a worse model; and other noise or timesteps than text to image is
+    measured at would change that loss, too."""
+    vae = tiny_components()["vae"].requires_grad_(False)
+    loss = held_out_loss(inpainting_vae=vae)
+    seen, timesteps, hidden = asked(loss, batch_size=5)
+    torch.manual_seed(3)
+    again = asked(held_out_loss(inpainting_vae=vae))
+    assert all(torch.equal(a, b) for a, b in zip((seen, timesteps, hidden), again, strict=True))
+    assert seen.shape[1] == 9
+    noisy, *plain = asked(held_out_loss())
+    assert torch.equal(seen[:, :4], noisy) and torch.equal(timesteps, plain[0]) and torch.equal(hidden, plain[1])
+    # Each picture's conditions stand beside its own latents: two pictures in turn, whatever the timestep.
+    conditions = seen[:, 4:]
+    for of in (0, 1):
+        assert torch.equal(conditions[of::2], conditions[of : of + 1].expand(TIMESTEPS_PER_PICTURE, -1, -1, -1))
+    assert not torch.equal(conditions[0, 1:], conditions[1, 1:])
 
 
 @pytest.mark.parametrize("held_out", [(1, 4), tuple(range(125))])
@@ -146,8 +180,6 @@ def test_a_prompt_keeps_its_picture_when_others_are_added():
     generator = torch.Generator().manual_seed(6)
     alone = pipeline("a dog", num_inference_steps=2, guidance_scale=3.0, generator=generator).images[0]
     # labelled_grid: 16 pixels are enlarged to 128, after margins of 8
-    from PIL import Image
-
     cell = grid[8 : 8 + 128, 8 + 136 : 8 + 136 + 128].astype(int)
     wanted = np.asarray(alone.resize((128, 128), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(cell - wanted).max() <= 1
@@ -166,3 +198,53 @@ def test_own_weights_are_back_after_a_validation_with_the_average():
     assert fingerprint(pipeline.unet) == own and np.array_equal(draw(pipeline), plain)
     assert np.array_equal(averaged, draw(LatentDiffPipeline(**tiny_components())))
     assert not np.array_equal(averaged, plain)
+
+
+def examples(count: int, held_out=()):
+    pictures = SimpleNamespace(
+        held_out=np.array([row in held_out for row in range(count)]),
+        captions=[[f"picture {row}", "another"] for row in range(count)],
+        image=noise_picture,
+    )
+    return masked_examples(pictures, count=4)
+
+
+def test_examples_are_of_both_kinds_and_always_the_same():
+    """Two validations could not be compared; or what is learnt by heart be taken for what is learnt."""
+    names = [example.caption for example in examples(10, held_out=(3, 7, 8, 9))]
+    assert names == ["picture 3", "picture 7", "picture 0", "picture 1"]
+    assert [example.caption for example in examples(10)] == [f"picture {row}" for row in range(4)]
+    assert len(examples(5, held_out=(1, 2, 3, 4))) == 4 and len(examples(2)) == 2
+    torch.manual_seed(4)
+    for one, other in zip(examples(10), examples(10), strict=True):
+        assert one.mask.tobytes() == other.mask.tobytes() and one.image.size == one.mask.size
+        shown, mask, image = (np.asarray(picture) for picture in (one.masked, one.mask, one.image))
+        assert set(np.unique(mask)) == {0, 255}
+        assert (shown[mask == 255] == 128).all() and np.array_equal(shown[mask == 0], image[mask == 0])
+
+
+def test_inpainted_pictures_stand_beside_what_they_were():
+    """The grid would show other pictures than the pipeline draws, or the run go on in another mode."""
+    parts = tiny_components()
+    widen_input(parts["unet"], 9)
+    with torch.no_grad():
+        parts["unet"].conv_in.weight.normal_(generator=torch.Generator().manual_seed(0))
+    parts["unet"].train()
+    pipeline = StableDiffusionInpaintPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    before, state = fingerprint(parts["unet"]), torch.get_rng_state()
+    how = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    grid = inpainted_pictures(pipeline, examples(2), seed=5, **how)
+    assert parts["unet"].training and fingerprint(parts["unet"]) == before
+    assert torch.equal(state, torch.get_rng_state())
+    parts["unet"].eval()
+    cells, labels = [], []
+    for i, example in enumerate(examples(2)):
+        drawn = pipeline(
+            f"picture {i}", image=example.image, mask_image=example.mask, width=16, height=16,
+            generator=torch.Generator().manual_seed(5 + i), **how,
+        ).images[0]  # fmt: skip
+        cells += [example.masked, drawn, example.image]
+        labels += [f"picture {i}", "drawn", "as it was"]
+    assert np.array_equal(np.asarray(grid), np.asarray(labelled_grid(cells, labels, columns=3)))
