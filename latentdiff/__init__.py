@@ -1,9 +1,21 @@
 """latentdiff: captioned pictures in, a published text-to-image model out, on Hugging Face diffusers."""
 
 # Imported eagerly: diffusers finds a scheduler class by its module's name in sys.modules when it loads a pipeline.
+from .pipelines.img2img import LatentDiffImg2ImgPipeline
+from .pipelines.inpaint import LatentDiffInpaintPipeline
+from .pipelines.interpolate import LatentDiffInterpolatePipeline
+from .pipelines.invert import LatentDiffInversionPipeline
 from .pipelines.text2img import LatentDiffPipeline
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
 
 __version__ = "0.1.0"
-__all__ = ["DDIMScheduler", "DDPMScheduler", "LatentDiffPipeline"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "LatentDiffImg2ImgPipeline",
+    "LatentDiffInpaintPipeline",
+    "LatentDiffInterpolatePipeline",
+    "LatentDiffInversionPipeline",
+    "LatentDiffPipeline",
+]

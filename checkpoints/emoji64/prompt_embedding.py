@@ -278,15 +278,15 @@ class PromptEmbedding:
         negative_prompt: str | list[str] | None,
         negative_prompt_embeds: torch.Tensor | None,
     ) -> None:
-        _check_text("prompt", prompt, prompt_embeds, required=True)
-        _check_text("negative_prompt", negative_prompt, negative_prompt_embeds, required=False)
+        check_text("prompt", prompt, prompt_embeds, required=True)
+        check_text("negative_prompt", negative_prompt, negative_prompt_embeds, required=False)
         if prompt_embeds is not None:
             self._check_same_length(prompt_embeds, negative_prompt_embeds)
         if not self.do_classifier_free_guidance and (negative_prompt or negative_prompt_embeds is not None):
             logger.warning(f"without guidance (guidance_scale={self.guidance_scale}) the negative prompt has no effect")
 
 
-def _check_text(name: str, text: str | list[str] | None, embeds: torch.Tensor | None, required: bool) -> None:
+def check_text(name: str, text: str | list[str] | None, embeds: torch.Tensor | None, required: bool) -> None:
     if text is not None and embeds is not None:
         raise ValueError(f"pass {name} or {name}_embeds, not both")
     if text is None and embeds is None and required:
