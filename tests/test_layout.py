@@ -16,6 +16,7 @@ ALLOWED = {
     "clip_guidance": {"guidance", "noise_schedule"},
     "scheduling_ddpm": {"noise_schedule"},
     "scheduling_ddim": {"noise_schedule"},
+    "scheduler_conformance": {"noise_schedule", "scheduling_ddpm", "scheduling_ddim"},
     "losses": {"noise_schedule"},
     "guidance": set(),
     "random_streams": set(),
@@ -39,6 +40,7 @@ ALLOWED = {
     "lora": {"config"},
     "optimizers": {"config"},
     "recipe": {"config"},
+    "animation": {"config", "grid"},
     "batches": {"random_streams", "data", "latent_cache", "latents", "masks", "buckets"},
 }
 TRAVELLERS = [
