@@ -194,11 +194,22 @@ class GuidedSampling:
             ValueError: a list of generators that is not one for each picture; latents of another shape.
         """
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        return self._noise(shape, generator, dtype, device, latents) * self.scheduler.init_noise_sigma
+
+    def _noise(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`latents` if they have that shape, or noise of `generator` if there are none."""
         if latents is None:
-            latents = self._normal(shape, generator, dtype, device)
-        elif tuple(latents.shape) != shape:
+            return self._normal(shape, generator, dtype, device)
+        if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call draws {shape}")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype)
 
     @staticmethod
     def _normal(

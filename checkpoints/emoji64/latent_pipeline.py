@@ -4,6 +4,8 @@ A pipeline is a file of its own with one class, `class X(LatentPipeline, Diffusi
 what order these are used. This class is no DiffusionPipeline itself, since diffusers looks for the only one in a file.
 """
 
+from collections.abc import Callable
+
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import (
@@ -108,6 +110,7 @@ class LatentPipeline(
         factor = self.vae_scale_factor
         if height % factor or width % factor or min(height, width) <= 0:
             raise ValueError(f"height={height}, width={width}: both must be positive multiples of {factor}")
+        self._check_unet()
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}: it must be one of {', '.join(OUTPUT_TYPES)}")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
@@ -119,6 +122,23 @@ class LatentPipeline(
         if unknown:
             allowed = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs={unknown}: a callback can have {allowed}")
+
+    @property
+    def _latent_channels(self) -> int:
+        """C, the channels of the latents."""
+        return self.unet.config.in_channels if self.vae is None else self.vae.config.latent_channels
+
+    def _unet_inputs(self) -> dict[int, str]:
+        """By the number of channels that a UNet may take here, what they are."""
+        return {self._latent_channels: "the latents"}
+
+    def _check_unet(self) -> None:
+        takes, possible = self.unet.config.in_channels, self._unet_inputs()
+        if takes not in possible:
+            needed = " or ".join(f"{count} ({what})" for count, what in possible.items())
+            inpaints = takes == 2 * self._latent_channels + 1
+            hint = "; it is one for inpainting: use LatentDiffInpaintPipeline" if inpaints else ""
+            raise ValueError(f"this UNet takes {takes} channels, {type(self).__name__} gives it {needed}{hint}")
 
     def _picture_size(
         self, height: int | None, width: int | None, latents: torch.Tensor | None = None
@@ -135,29 +155,83 @@ class LatentPipeline(
             columns * self.vae_scale_factor if width is None else width,
         )
 
+    def _given_latents(self, image: PipelineImageInput) -> torch.Tensor | None:
+        """`image` as (N, C, h, w) if it is latents: a tensor, or a list of them, that has their channels."""
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        channels = self._latent_channels
+        tensors = [one for one in images if isinstance(one, torch.Tensor) and one.ndim in (3, 4)]
+        of_latents = [one for one in tensors if one.shape[-3] == channels]
+        if not images or len(of_latents) < len(images) or channels == 3:  # three channels are a picture's colours
+            return None
+        return torch.cat([one.reshape(-1, *one.shape[-3:]) for one in images])
+
     def _pixels(self, image: PipelineImageInput, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """Pictures as (N, 3, H, W) float32 in [-1, 1], of their own size (cut to the VAE's factor) or resized.
 
         Args:
             image: a PIL picture or a list of them; (N, H, W, 3) or (H, W, 3) arrays or (N, 3, H, W) or (3, H, W)
                 tensors in [0, 1]. What is transparent lies on white, as in training.
+
+        Raises:
+            ValueError: no pictures, not of three channels, or not of one size.
         """
-        images = image if isinstance(image, list | tuple) else [image]
-        flat = [_on_white(one) if isinstance(one, Image.Image) else one for one in images]
-        return self.image_processor.preprocess(flat, height=height, width=width).to(torch.float32)
+        if image is None or (isinstance(image, list | tuple) and not image):
+            raise ValueError("image: pass a picture to start from, or several")
+        if isinstance(image, list | tuple):
+            sizes = {one.size if isinstance(one, Image.Image) else tuple(one.shape) for one in image}
+            if len(sizes) > 1 and (height is None or width is None):
+                raise ValueError(
+                    f"image: pictures of sizes {sorted(sizes)} do not fit into a batch: make them one size"
+                )
+            image = [on_white(one) if isinstance(one, Image.Image) else one for one in image]
+        elif isinstance(image, Image.Image):
+            image = on_white(image)
+        pixels = self.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
+        if pixels.shape[1] != 3:
+            raise ValueError(f"image: pictures have 3 channels, not {pixels.shape[1]}")
+        return pixels
+
+    @staticmethod
+    def _rows(name: str, count: int, num_prompts: int, num_images_per_prompt: int) -> torch.Tensor:
+        """Which of `count` things goes with each of the B drawn pictures, (B,) int64: those of one prompt together.
+
+        Raises:
+            ValueError: neither one for all nor one for each prompt or picture.
+        """
+        pictures = num_prompts * num_images_per_prompt
+        if count not in (1, num_prompts, pictures):
+            may_be = " or ".join(str(n) for n in sorted({1, num_prompts, pictures}))
+            raise ValueError(
+                f"{name}: {count} of them for {num_prompts} prompts and {pictures} pictures: pass {may_be}"
+            )
+        return torch.arange(count).repeat_interleave(pictures // count)
 
     def _encode_pixels(
-        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+        self,
+        pixels: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        rows: torch.Tensor | None = None,
+        drawn: bool | None = None,
     ) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), drawn from the VAE's posterior.
+        """Pixels (N, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), drawn from the VAE's posterior.
 
-        A list of generators draws each picture's own; without any it is the posterior's mean.
+        A list of B generators draws each its own, of a picture that is encoded by itself, so that it does not depend on
+        the others. One generator draws N.
+
+        Args:
+            rows: (B,), the picture that each of the latents is of; by default each is once there.
+            drawn: False gives the posterior's mean; by default it is drawn if there is a generator.
         """
-        posterior = self.vae.encode(pixels.to(device=self._execution_device, dtype=self.vae.dtype)).latent_dist
-        if generator is None:
-            return posterior.mean * self.vae.config.scaling_factor
-        noise = self._normal(tuple(posterior.mean.shape), generator, posterior.mean.dtype, posterior.mean.device)
-        return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+        pixels = pixels.to(device=self._execution_device, dtype=self.vae.dtype)
+        parts = pixels.split(1) if isinstance(generator, list) else [pixels]
+        posteriors = [self.vae.encode(part).latent_dist for part in parts]
+        mean, std = (torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "std"))
+        rows = torch.arange(len(mean)) if rows is None else rows
+        if isinstance(generator, list):
+            mean, std, rows = mean[rows], std[rows], torch.arange(len(rows))
+        if generator is not None if drawn is None else drawn:
+            mean = mean + std * self._normal(tuple(mean.shape), generator, mean.dtype, mean.device)
+        return mean[rows] * self.vae.config.scaling_factor
 
     # Pictures out
 
@@ -167,21 +241,31 @@ class LatentPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         return_dict: bool,
+        retouch: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
-        """What a call returns for its last latents (B, C, h, w); the models go back to where offloading keeps them."""
-        images, flagged = self._decode(latents, generator, output_type)
+        """What a call returns for its last latents (B, C, h, w); the models go back to where offloading keeps them.
+
+        Args:
+            retouch: what is done to the decoded pixels (B, 3, H, W) in [-1, 1].
+        """
+        images, flagged = self._decode(latents, generator, output_type, retouch)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
     def _decode(
-        self, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None, output_type: str
+        self,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        retouch: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[PipelineImageInput, list[bool] | None]:
         """Latents (B, C, h, w) to pictures of `output_type`, with the safety checker's verdicts if there is one."""
         if output_type == "latent":
             return latents, None
         pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)[0]
+        pixels = pixels if retouch is None else retouch(pixels)
         pixels, flagged = self.run_safety_checker(pixels, latents.dtype)
         denormalize = [True] * len(pixels) if flagged is None else [not flag for flag in flagged]
         return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=denormalize), flagged
@@ -195,7 +279,7 @@ class LatentPipeline(
         return self.safety_checker(images=pixels, clip_input=clip_input)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """A PIL picture as RGB, what is transparent on white."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
