@@ -1,27 +1,30 @@
-"""Put the shipped checkpoint together from a finished run: `python -m latentdiff.publish_default RUN`.
+"""Put a shipped checkpoint together from a finished run: `python -m latentdiff.publish_default RUN`.
 
 Copies the saved pipeline, draws the sample grid, plots the run's curves, and writes the model card with the numbers
 that `latentdiff retrieval RUN --output RUN/retrieval.json` and `latentdiff backgrounds RUN --output
-RUN/backgrounds.json` measured.
+RUN/backgrounds.json` measured. Of a run of task inpaint the numbers and the grid are those of
+`python benchmarks/inpainting.py --inpainting RUN --output RUN/inpainting`.
 """
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from . import emoji
 from .cli_errors import run_cli
-from .config import ConfigError, packaged_checkpoint, read_config
+from .config import ConfigError, TrainConfig, packaged_checkpoint, read_config
 from .demo import PROMPTS, draw
 from .finishing import training_command
 from .hub import model_card
+from .pipelines.portable_saving import code_files
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json"}
-GRID, SAMPLES, CURVES = "samples.png", "samples", "curves.png"
+MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json", "inpainting": "inpainting.json"}
+SAMPLER = "Samples: DDIM, 50 steps, guidance 4. Each measure names its own."
+GRID, SAMPLES, CURVES, INPAINTED = "samples.png", "samples", "curves.png", "inpainting.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +45,28 @@ def main(config: PublishConfig) -> None:
     run, output = Path(config.run), Path(config.output_dir)
     if not (run / "model_index.json").is_file():
         raise ConfigError(f"run: {config.run!r} holds no finished model")
+    settings = _settings(run)
+    inpaints = settings["task"] == "inpaint"
+    if inpaints and not (run / INPAINTED).is_file():
+        raise ConfigError(f"run: {config.run!r} has no {INPAINTED}, which benchmarks/inpainting.py draws")
     output.mkdir(parents=True, exist_ok=True)
-    measured = [run / name for name in ("log.jsonl", *MEASURES.values()) if (run / name).exists()]
-    for path in [*(run / name for name in PARTS), *run.glob("*.py"), *measured]:
+    measured = [run / name for name in ("log.jsonl", *MEASURES.values(), INPAINTED) if (run / name).exists()]
+    for path in [*(run / name for name in PARTS), *measured]:
         target = output / path.name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    for name, source in code_files().items():  # today's, whatever the run was saved with
+        (output / name).write_text(source, encoding="utf-8")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES)
-    shutil.rmtree(output / SAMPLES, ignore_errors=True)
-    draw(str(output), PROMPTS, output / GRID, output / SAMPLES)
-    pictures = sorted((output / SAMPLES).glob("*.png"))
     model_card(
-        "emoji64",
+        output.name,
         license="cc-by-sa-4.0",
-        description=f"{_description(run, log, config.machine)} {config.note}".strip(),
-        samples={f"{SAMPLES}/{path.name}": prompt for path, prompt in zip(pictures, PROMPTS, strict=True)},
-        training_command=training_command(_settings(run)),
-        sampler="Samples: DDIM, 50 steps, guidance 4. Each measure names its own.",
+        description=f"{_description(run, settings, log, config.machine)} {config.note}".strip(),
+        samples={INPAINTED: "known, blended, drawn by this model, and as it was"} if inpaints else _samples(output),
+        inpaints=inpaints,
+        training_command=training_command(settings),
+        sampler="Each measure names its own." if inpaints else SAMPLER,
         data=emoji.CREDITS,
         metrics=_metrics(run),
         curves=[CURVES],
@@ -70,6 +77,14 @@ def main(config: PublishConfig) -> None:
     ).save(output / "README.md")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB")
+
+
+def _samples(output: Path) -> dict[str, str]:
+    """Draw them: file -> prompt."""
+    shutil.rmtree(output / SAMPLES, ignore_errors=True)
+    draw(str(output), PROMPTS, output / GRID, output / SAMPLES)
+    pictures = sorted((output / SAMPLES).glob("*.png"))
+    return {f"{SAMPLES}/{path.name}": prompt for path, prompt in zip(pictures, PROMPTS, strict=True)}
 
 
 def _plot(log: list[dict], path: Path) -> None:
@@ -85,18 +100,22 @@ def _plot(log: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _description(run: Path, log: list[dict], machine: str) -> str:
-    config = read_config(str(run / "train_config.yaml"))
-    batch = config["train_batch_size"] * config["gradient_accumulation_steps"]
+def _description(run: Path, settings: dict, log: list[dict], machine: str) -> str:
+    batch = settings["train_batch_size"] * settings["gradient_accumulation_steps"]
     trained = [line for line in log if "pictures_per_second" in line]
     steps, gaps = trained[-1]["step"], [b["step"] - a["step"] for a, b in zip(trained, trained[1:], strict=False)]
     seconds = sum(
         gap * batch / line["pictures_per_second"]
         for gap, line in zip([trained[0]["step"], *gaps], trained, strict=True)
     )
+    what = "The default checkpoint of latentdiff: emoji at 64x64 from words, with a colour for the background"
+    origin = "trained from scratch"
+    if settings["task"] == "inpaint":
+        what = "The inpainting checkpoint of latentdiff: it paints what a mask leaves open of an emoji, after words"
+        origin = "trained on random masks from the weights of emoji64"
     return (
-        "The default checkpoint of latentdiff: emoji at 64x64 from words, with a colour for the background.\n\n"
-        f"A UNet of {_parameters(run / 'unet'):.1f} M parameters, trained from scratch for {steps} optimizer steps "
+        f"{what}.\n\n"
+        f"A UNet of {_parameters(run / 'unet'):.1f} M parameters, {origin} for {steps} optimizer steps "
         f"({steps * batch:,} samples) in {seconds / 60:.0f} minutes on {machine}, over a frozen VAE (f = 4) "
         "and a frozen CLIP text encoder that `latentdiff.pretrain_vae` and `latentdiff.pretrain_clip` made from the "
         "same pictures. The weights are the exponential moving average."
@@ -112,7 +131,7 @@ def _parameters(folder: Path) -> float:
 
 def _settings(run: Path) -> dict:
     """The run's; the frozen parts it stood on are those that are shipped with it."""
-    saved = read_config(str(run / "train_config.yaml"))
+    saved = asdict(TrainConfig(**read_config(str(run / "train_config.yaml"))))
     return saved | {"pretrained_model_name_or_path": packaged_checkpoint()}
 
 

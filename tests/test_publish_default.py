@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from latentdiff.config import PRESETS, ConfigError, TrainConfig
+from latentdiff.pipelines.portable_saving import code_files
 from latentdiff.publish_default import PublishConfig, main
 
 
@@ -41,6 +43,26 @@ def test_folder_and_card(run, tmp_path, capsys):
     assert (output / "log.jsonl").exists() and (output / "retrieval.json").exists()
     assert not (output / "checkpoint-100").exists()
     assert StableDiffusionPipeline.from_pretrained(output).unet is not None
+
+
+def test_an_inpainting_run(run, tmp_path):
+    """It would be published as what draws from words, without the numbers that it is there for."""
+    settings = {**PRESETS["finetune"], "task": "inpaint", "pretrained_model_name_or_path": "/home/me/emoji64"}
+    TrainConfig(**settings).save(run / "train_config.yaml")
+    published = PublishConfig(run=str(run), output_dir=str(tmp_path / "published"), machine="a test", note="A note.")
+    with pytest.raises(ConfigError, match="has no inpainting.png"):
+        main(published)
+    (run / "inpainting.json").write_text(json.dumps({"count": 100, "trained": {"inside": 0.125, "seam": 0.5}}))
+    Image.new("RGB", (8, 8)).save(run / "inpainting.png")
+    (run / "old.py").write_text("")
+    main(published)
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "# published" in card and "- inpainting" in card and "mask_image=mask" in card and "A note." in card
+    assert "trained on random masks from the weights of emoji64 for 100 optimizer steps (400 samples)" in card
+    assert "| inpainting: trained | inside 0.125, seam 0.500 |" in card and "(inpainting.png)" in card
+    assert "--preset finetune --task inpaint" in card and "/home" not in card
+    files = {path.name for path in (tmp_path / "published").iterdir()}
+    assert files >= {"inpainting.json", "inpainting.png", "curves.png", *code_files()} and "old.py" not in files
 
 
 def test_unfinished_run_is_refused(tmp_path):
