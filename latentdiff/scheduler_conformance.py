@@ -128,6 +128,8 @@ def wrongly_announced(scheduler_class: type[SchedulerMixin], counts: Iterable[in
     for n in counts:
         scheduler.set_timesteps(n)
         timesteps = scheduler.timesteps.numpy()
+        # A method with two evaluations a step, as Heun's, announces every timestep but the first twice.
+        timesteps = np.append(timesteps[:1], timesteps[1 :: scheduler.order])
         on_the_grid = timesteps[-1] >= 0 and timesteps[0] < scheduler.config.num_train_timesteps
         if not (len(timesteps) == n and on_the_grid and (np.diff(timesteps) < 0).all()):
             wrong.append(n)
@@ -298,7 +300,7 @@ def attempt(measure: Callable[..., float], *args, **options) -> float:
     """Infinite where the scheduler fails on the way."""
     try:
         return measure(*args, **options)
-    except (IndexError, AssertionError, ValueError):
+    except (IndexError, AssertionError, ValueError, NotImplementedError):
         return math.inf
 
 
@@ -324,7 +326,9 @@ def distance_cell(scheduler_class: type[SchedulerMixin], spacing: str) -> str:
 
 
 def oracle_cell(scheduler_class: type[SchedulerMixin], spacing: str) -> str:
-    return summary([attempt(oracle_error, scheduler_class, **case) for case in oracle_cases(spacing)])
+    knows_zero_snr = "rescale_betas_zero_snr" in arguments_of(scheduler_class.__init__)
+    cases = [case for case in oracle_cases(spacing) if knows_zero_snr or not case.get("rescale_betas_zero_snr")]
+    return summary([attempt(oracle_error, scheduler_class, **case) for case in cases])
 
 
 def moments_cell(scheduler_class: type[SchedulerMixin]) -> str:

@@ -54,6 +54,12 @@ def test_as_many_timesteps_as_asked_for_are_announced(scheduler_class, spacing):
     assert wrongly_announced(scheduler_class, range(1, 1001), timestep_spacing=spacing) == []
 
 
+def test_a_timestep_that_is_evaluated_twice_is_not_wrong():
+    """Else Heun's method, whose steps look at the network twice, is accused of announcing too many."""
+    assert wrongly_announced(diffusers.HeunDiscreteScheduler, [1, 2, 7, 50], timestep_spacing="trailing") == []
+    assert wrongly_announced(diffusers.HeunDiscreteScheduler, [50, 61], timestep_spacing="trailing") == [61]
+
+
 @SPACINGS
 @OURS
 def test_the_announced_timesteps_are_visited(scheduler_class, spacing):
