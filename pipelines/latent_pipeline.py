@@ -96,6 +96,18 @@ class LatentPipeline(
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    def compile(self, regional: bool = False, **options) -> None:
+        """torch.compile for what takes the time: the UNet and the VAE's decoder. The first call then takes longer.
+
+        Both stay in place, with the same names of weights, for every pipeline that shares them.
+
+        Args:
+            regional: of the UNet only the transformer block that repeats in it, which starts much sooner.
+            options: as `torch.compile` takes them, such as mode="reduce-overhead" or dynamic=True.
+        """
+        (self.unet.compile_repeated_blocks if regional else self.unet.compile)(**options)
+        self.vae.decoder.compile(**options)
+
     # Pictures in
 
     def _check_options(

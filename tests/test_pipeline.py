@@ -546,3 +546,24 @@ def test_half_precision_types_follow_the_text_encoder(tiny_pipeline_folder):
     assert draw(pipe, output_type="latent").dtype == torch.bfloat16
     given = torch.randn(1, 4, 4, 4, generator=seeded())
     assert draw(pipe, latents=given, output_type="latent").dtype == torch.bfloat16
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_compiled_networks_draw_the_same(pipe, tmp_path, regional):
+    """Else `compile` changes pictures, is never called upon, or puts other names into what is saved."""
+    compiled = []
+
+    def backend(graph, inputs):  # runs what torch captured, so that no compiler is needed
+        compiled.append(graph)
+        return graph.forward
+
+    expected = draw(pipe)
+    pipe.compile(regional, backend=backend)
+    torch.testing.assert_close(draw(pipe), expected)
+    assert compiled
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(draw(quiet(StableDiffusionPipeline.from_pretrained(tmp_path))), expected)
+    torch.compiler.reset()
