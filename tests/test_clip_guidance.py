@@ -1,5 +1,7 @@
 """CLIP guidance: the score is transformers' own, the change of the output that of Dhariwal & Nichol, algorithm 2."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,12 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from conftest import tiny_components, tiny_tokenizer
+from latentdiff import LatentDiffPipeline, emoji
 from latentdiff.clip_guidance import ClipGuidance, square_boxes
 from latentdiff.models import fingerprint
 from latentdiff.noise_schedule import PREDICTION_TYPES, predict_x0_and_epsilon
+from latentdiff.pretrain_clip import load_text_encoder
+from latentdiff.pretrain_vae import blend
 
 PROMPTS = ["a cat", "red dog"]
 SIZE = 16
@@ -282,3 +287,50 @@ def test_a_clip_without_its_preprocessor_is_not_guessed_at(clip_folder, tmp_path
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(OSError, match="preprocessor_config.json"):
         ClipGuidance.from_pretrained(tmp_path, scale=1.0)
+
+
+# ---- what is shipped ------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+SHIPPED = CHECKPOINTS / "emoji64-clip"
+
+
+def test_the_shipped_clip_reads_words_as_the_shipped_pipeline_does():
+    """It would guide to something else than what the UNet was told; or not fit beside the code."""
+    clip = ClipGuidance.from_pretrained(SHIPPED, scale=1.0)
+    text_encoder, tokenizer = load_text_encoder(str(CHECKPOINTS / "emoji64"))
+    assert fingerprint(clip.model.text_model.float()) == fingerprint(text_encoder)
+    assert clip.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 10e6
+    assert not list(SHIPPED.glob("*.bin")) and (SHIPPED / "README.md").is_file()
+
+
+def test_the_shipped_clip_knows_pictures_that_are_blurred_too():
+    """Of what the sampler is about to draw it would say nothing: 250 pictures, so chance finds 1 in 250."""
+    clip, built = ClipGuidance.from_pretrained(SHIPPED, scale=1.0, dtype=torch.float32), emoji.load()
+    chosen = built.indices()[::5][:250]
+    pixels = blend(torch.from_numpy(built.pictures[chosen]), torch.ones(len(chosen), 3))
+    text = clip.embed_text([emoji.captions(*built.rows[i])[1] for i in chosen], "cpu")
+    for shown in (pixels, F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4)):
+        with torch.no_grad():
+            pictures = clip.model.visual_projection(clip.model.vision_model(shown).pooler_output)
+        found = (text @ F.normalize(pictures, dim=-1).T).argmax(dim=1) == torch.arange(len(chosen))
+        assert found.float().mean() > 0.3
+
+
+@pytest.mark.parametrize("options", [{"scale": 100.0, "interval": (0.0, 5.0)}, {"scale": 300.0, "through_unet": False}])
+def test_guided_pictures_match_their_prompts_better_to_the_shipped_clip(options):
+    """The option would be without effect in a pipeline, or the gradient point elsewhere."""
+    pipeline = LatentDiffPipeline.from_pretrained(CHECKPOINTS / "emoji64")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a cat", "a red apple", "pizza", "a rocket", "a clock", "an umbrella"]
+    clip, scores = ClipGuidance.from_pretrained(SHIPPED, **options), []
+    text = clip.embed_text(prompts, "cpu")
+    for guide in (None, clip):
+        drawn = pipeline(
+            prompts, num_inference_steps=5, guidance_scale=1.0, seeds=list(range(6)), clip_guidance=guide,
+            output_type="pt",
+        ).images  # fmt: skip
+        with torch.no_grad():
+            scores.append(clip.score(drawn * 2 - 1, text) / clip.scale)
+    assert scores[1].mean() > scores[0].mean() + 0.02
