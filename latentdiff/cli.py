@@ -1,30 +1,34 @@
-"""The command line: `latentdiff generate`, `latentdiff retrieval`, `latentdiff backgrounds`, `latentdiff check`.
+"""The command line: what each command of `latentdiff` takes. What it does is loaded when it is called.
 
-Torch and diffusers are imported inside the commands, so that `--help` and a mistyped flag answer without loading them.
+Nothing here imports torch or diffusers, so that `--help`, completion and a mistyped flag answer at once.
 """
 
-import re
+import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal, Union
 
 import tyro
-from PIL import Image
 
-from .cli_errors import parse_train_config, user_errors
+from .cli_errors import parse_flags, parse_train_config, user_errors
 from .config import ConfigError, TrainConfig
+from .serve import Serve
 
-if TYPE_CHECKING:
-    from .evaluation import DrawSettings, Measurement
+DESCRIPTION = """Draw with a latent diffusion model, edit, measure what it draws, and share it.
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-PICTURES_FOLDER = "pictures"
+  latentdiff generate checkpoints/emoji64 --prompts "a cat" "a dog" --grid both.png
+  latentdiff COMMAND --help
+
+Completion of commands and flags by the shell's TAB key, here for bash (zsh and fish work the same way):
+
+  latentdiff --tyro-write-completion bash ~/.local/share/bash-completion/completions/latentdiff
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What every command takes."""
+    """What every command that draws takes."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a saved pipeline, or a model on the Hub as owner/name."""
@@ -35,182 +39,362 @@ class Command:
     seed: int = 0
     """Picture i starts from the noise of seed + i."""
     batch_size: int = 32
-    """Pictures drawn at a time; it does not change them."""
+    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
     device: str | None = None
     """As torch names it; by default cuda where there is one, else cpu."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Command):
-    """Draw a picture for each prompt."""
+class Drawing(Command):
+    """What `generate`, `edit` and `interpolate` share."""
+
+    batch_size: int = 8
+    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    scheduler: Literal["ddim", "ddpm", "euler", "dpm++", "unipc"] | None = None
+    """By default the checkpoint's own."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """How a few steps are spread over all; by default as the checkpoint says."""
+    karras_sigmas: bool = False
+    """Noise levels as in arXiv 2206.00364, for euler, dpm++ and unipc."""
+    eta: float = 0.0
+    """Noise that ddim adds at each step, from 0 to 1."""
+    guidance_rescale: float = 0.0
+    """Keeps strong guidance from burning out the colours (arXiv 2305.08891); from 0 to 1."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide between these noise levels alone, such as 0.3 5 or 0.3 inf (arXiv 2404.07724)."""
+    guide_unet: Path | None = None
+    """Folder of a worse UNet, or of a pipeline with one, to lead away from instead (arXiv 2406.02507)."""
+    clip_guidance: float | None = None
+    """Scale of guidance by a CLIP (arXiv 2112.10741); needs --clip."""
+    clip: Path | None = None
+    """Folder of that CLIP."""
+    prompt_weights: bool = False
+    """Read "a (red:1.3) apple" as a weight."""
+    long_prompts: bool = False
+    """Read all of a prompt that is longer than the text encoder's limit."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the networks; fp16 and bf16 are for GPUs."""
+    overwrite: bool = False
+    """Replace files that hold something else. Pictures that are there with the same recipe are not drawn again."""
+
+    def __post_init__(self) -> None:
+        at_least_1(self, "num_inference_steps", "batch_size")
+        within(self, 0, 2**63 - 1, "seed")
+        within(self, 0, 1, "eta", "guidance_rescale")
+        low, high = self.guidance_interval or (0, 1)
+        if not 0 <= low < high:
+            raise ConfigError(f"--guidance-interval is {low:g} {high:g}; it must be two noise levels, 0 <= low < high")
+        if (self.clip is None) != (self.clip_guidance is None):
+            raise ConfigError("--clip-guidance SCALE and --clip FOLDER go together: give both or none")
+        if self.karras_sigmas and self.scheduler not in (None, "euler", "dpm++", "unipc"):
+            raise ConfigError(f"--karras-sigmas: is for euler, dpm++ and unipc, not for {self.scheduler}")
+        if self.guide_unet is not None and self.negative_prompt:
+            raise ConfigError("--negative-prompt: has no effect with --guide-unet, which is led away from instead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureList(Drawing):
+    """What `generate` and `edit` share: a list of prompts, each drawn from one seed or several."""
+
+    prompts: tuple[str, ...] = ()
+    """One or more, each in quotes."""
+    prompts_file: Path | None = None
+    """A text file of more prompts, one on each line."""
+    seeds: tuple[int, ...] = ()
+    """Draw each prompt once from each of these, instead of --seed."""
+    height: int | None = None
+    """In pixels; by default what the model was trained at."""
+    width: int | None = None
+    """In pixels; by default what the model was trained at."""
+    output_dir: Path | None = None
+    """Folder for a PNG of each picture, which carries its recipe; "pictures" where neither this nor --grid is given."""
+    grid: Path | None = None
+    """File for one picture of all, with their prompts underneath."""
+    columns: int | None = None
+    """Pictures in a row of the grid; by default as many as seeds, or 4."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("columns", "height", "width"):
+            if getattr(self, name) is not None:
+                at_least_1(self, name)
+        if not self.prompts and self.prompts_file is None:
+            raise ConfigError('--prompts is empty: give one or more, such as --prompts "a cat" "a dog"')
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ConfigError(f"--seeds has {seed}; each must lie in 0 … {2**63 - 1}")
+        if self.seeds and self.seed:
+            raise ConfigError("--seed and --seeds: give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(PictureList):
+    """Draw a picture of each prompt.
+
+    latentdiff generate checkpoints/emoji64 --guidance-scale 4 --prompts "a cat" "a dog" --seeds 1 2 3 --grid six.png
+
+    Each picture is written when it is drawn, and says in its PNG how (see `latentdiff redraw`). What was interrupted
+    goes on where it stopped when the same command is given again.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(PictureList):
+    """Change a picture by words: all of it, what a mask covers, or what it shows.
+
+    latentdiff edit checkpoints/emoji64 --image cat.png --prompts "a dog" --strength 0.6
+
+    latentdiff edit checkpoints/emoji64 --image cat.png --mask hat.png --prompts "a cat with a hat"
+
+    latentdiff edit checkpoints/emoji64 --image cat.png --source-prompt "a cat" --prompts "a red cat"
+    """
+
+    image: Path
+    """The picture to change."""
+    mask: Path | None = None
+    """White where the picture is painted anew, black where it stays."""
+    mask_blur: int = 0
+    """Pixels around the mask over which the painting passes into the picture."""
+    keep_unmasked: bool = False
+    """Put the picture's own pixels back outside the mask, which the VAE would else change a little."""
+    source_prompt: str | None = None
+    """What the picture shows: it is then drawn again from its own noise, under the changed prompt."""
+    strength: float | None = None
+    """How much of the picture is given up, from 0 to 1; by default 0.8, with a mask 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask is not None and self.source_prompt is not None:
+            raise ConfigError("--mask and --source-prompt are two ways to edit: give one of them")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ConfigError(f"--strength is {self.strength:g}; it must lie above 0 and at most at 1")
+        for name in ("mask_blur", "keep_unmasked"):
+            if getattr(self, name) and self.mask is None:
+                raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --mask")
+        within(self, 0, 8192, "mask_blur")
+        if self.source_prompt is not None:
+            self._check_inversion()
+
+    def _check_inversion(self) -> None:
+        for name in ("seed", "seeds", "eta"):
+            if getattr(self, name):
+                raise ConfigError(f"--{name}: has no effect with --source-prompt, where nothing is drawn by lot")
+        if self.scheduler not in (None, "ddim"):
+            raise ConfigError(f"--scheduler is {self.scheduler}; with --source-prompt it can be ddim alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(Drawing):
+    """Draw a film that leads from prompt to prompt, or from noise to noise.
+
+    latentdiff interpolate checkpoints/emoji64 --prompts "a cat" "a dog" "a fish" --num-frames 24 --output film.gif
+
+    latentdiff interpolate checkpoints/emoji64 --prompts "a cat" --seeds 1 2 3 --loop --output cats.mp4
+
+    Beside the film stands a PNG of some of its frames in a row, which carries the recipe.
+    """
 
     prompts: tuple[str, ...]
-    """One or more, each in quotes."""
-    output_dir: str | None = None
-    """Folder for one PNG per prompt; "pictures" where neither this nor --grid is given."""
-    grid: str | None = None
-    """File for one picture of all, with their prompts underneath."""
-    columns: int = 4
-    """Pictures in a row of the grid."""
+    """The stations of the path, each in quotes; or one, with several seeds."""
+    seeds: tuple[int, ...] = ()
+    """The noise at each station, instead of --seed at all of them."""
+    seed: int = 0
+    """The noise that all of the film starts from."""
+    num_frames: int = 24
+    """In all, spread evenly between the stations."""
+    loop: bool = False
+    """Go back to the first station at the end."""
+    output: Path = Path("film.gif")
+    """The film, a .gif or an .mp4."""
+    fps: float = 12.0
+    """Frames a second."""
+    columns: int = 8
+    """Frames in the row."""
+    height: int | None = None
+    """In pixels; by default what the model was trained at."""
+    width: int | None = None
+    """In pixels; by default what the model was trained at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds and self.seed:
+            raise ConfigError("--seed and --seeds: give one of them")
+        stations = max(len(self.prompts), len(self.seeds))
+        for name, given in (("prompts", len(self.prompts)), ("seeds", len(self.seeds) or 1)):
+            if given not in (1, stations):
+                raise ConfigError(f"--{name} has {given}; it must be one, or one for each of {stations} stations")
+        if stations < 2:
+            raise ConfigError("--prompts has one, and no --seeds: a path needs two of one of them at the least")
+        within(self, stations, 10_000, "num_frames")
+        within(self, 2, 10_000, "columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redraw:
+    """Draw a picture again from the recipe that its PNG carries.
+
+    latentdiff redraw pictures/000-a-cat.png
+
+    The same checkpoint on the same kind of device gives the same picture; what differs is said.
+    """
+
+    picture: tyro.conf.Positional[Path]
+    """A PNG that latentdiff has drawn."""
+    checkpoint: str | None = None
+    """Where the checkpoint lies; by default the shipped one, or a model of the Hub that has been loaded before."""
+    image: Path | None = None
+    """The picture that was edited."""
+    mask: Path | None = None
+    """The mask that it was edited with."""
+    guide_unet: Path | None = None
+    """Where the guiding UNet lies, if there was one."""
+    clip: Path | None = None
+    """Where the guiding CLIP lies, if there was one."""
+    output: Path | None = None
+    """By default beside the picture, with -redrawn in its name."""
+    batch_size: int | None = None
+    """1 is faster, but may change a last bit; by default as many copies as pictures were drawn together."""
+    device: str | None = None
+    """As torch names it; by default cuda where there is one, else cpu."""
+    anyway: bool = False
+    """Draw also where the checkpoint, an input or the version is another one than in the recipe."""
+    overwrite: bool = False
+    """Replace the output if it is there."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            at_least_1(self, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Push a saved pipeline to the Hub.
+
+    latentdiff push runs/mine you/mine
+
+    The token is HF_TOKEN, or that of `hf auth login`.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """What `save_pretrained` or a training run wrote."""
+    repo_id: tyro.conf.Positional[str]
+    """owner/name, made if it is not there."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch; by default main."""
+    message: str = "Upload with latentdiff"
+    """Of the commit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull:
+    """Load a model from the Hub into a folder.
+
+    latentdiff pull you/mine --output-dir mine
+    """
+
+    repo_id: tyro.conf.Positional[str]
+    """owner/name"""
+    output_dir: Path | None = None
+    """By default the model's name."""
+    revision: str | None = None
+    """Branch, tag or commit; by default main."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(Command):
-    """Measure whether drawn emoji are found again among the real ones: R@1, R@10, their ceiling and floor."""
+    """Measure whether drawn emoji are found again among the real ones: R@1, R@10, their ceiling and floor.
+
+    latentdiff retrieval checkpoints/emoji64 --output retrieval.json
+    """
 
     count: int = 500
     """Training captions to draw, half of each style."""
-    output: str | None = None
+    output: Path | None = None
     """JSON file for the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backgrounds(Command):
-    """Measure emoji on background colours they were never trained with: the colour drawn, and retrieval."""
+    """Measure emoji on background colours they were never trained with: the colour drawn, and retrieval.
+
+    latentdiff backgrounds checkpoints/emoji64
+    """
 
     count: int = 240
     """Held-out pairs of emoji and background to draw, and as many that were trained on."""
-    output: str | None = None
+    output: Path | None = None
     """JSON file for the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """Look before training: takes every flag of train_text2img.py (which `latentdiff check --help` lists) and says
-    what it finds in pictures, captions, VAE, disk, time and memory."""
+    what it finds in pictures, captions, VAE, disk, time and memory.
+
+    latentdiff check --train_data_dir my_pictures
+    """
 
     config: tyro.conf.Suppress[TrainConfig | None] = None
 
 
-def load_pipeline(checkpoint: str, device: str | None) -> Any:
-    """A `LatentDiffPipeline` on its device, without progress bars of its own.
-
-    Raises:
-        ConfigError: nothing that can be loaded is there.
-    """
-    folder = Path(checkpoint)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ConfigError(f"{checkpoint} holds no model_index.json: give the folder of a whole saved pipeline")
-    if not folder.exists() and not HUB_ID.fullmatch(checkpoint):
-        raise ConfigError(f"{checkpoint}: no such folder (nor is it the name of a model on the Hub, owner/name)")
-
-    import torch
-
-    from .models import hide_loading_bars
-    from .pipelines.text2img import LatentDiffPipeline
-
-    hide_loading_bars()
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ConfigError(f"--device {device}: not a device that torch knows, such as cpu, cuda or cuda:1") from None
-    try:
-        pipeline = LatentDiffPipeline.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{checkpoint}: {where}: {reason[0]}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+def at_least_1(command: Any, *names: str) -> None:
+    """Raise a ConfigError that names the flag unless the values are positive."""
+    for name in names:
+        if getattr(command, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must be at least 1")
 
 
-def _settings(command: Command) -> "DrawSettings":
-    from .evaluation import DrawSettings
-
-    return DrawSettings(
-        num_inference_steps=command.num_inference_steps,
-        guidance_scale=command.guidance_scale,
-        seed=command.seed,
-        batch_size=command.batch_size,
-    )
+def within(command: Any, low: float, high: float, *names: str) -> None:
+    """Raise a ConfigError that names the flag unless the values lie between two."""
+    for name in names:
+        if not low <= getattr(command, name) <= high:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {getattr(command, name)}; it must lie in {low:g} … {high:g}"
+            )
 
 
-def generate(command: Generate) -> None:
-    """Draw, save and say where."""
-    if not command.prompts:
-        raise ConfigError('--prompts is empty: give one or more, such as --prompts "a cat" "a dog"')
-    if command.columns < 1:
-        raise ConfigError(f"--columns is {command.columns}; it must be at least 1")
-    if command.grid is not None and Path(command.grid).suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"{command.grid} cannot be written: its suffix names no picture format")
-    settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
-    from .evaluation import draw
-    from .grid import labelled_grid
-
-    images = draw(pipeline, command.prompts, settings)
-    if command.output_dir is not None or command.grid is None:
-        folder = Path(command.output_dir or PICTURES_FOLDER)
-        for i, (prompt, image) in enumerate(zip(command.prompts, images, strict=True)):
-            _save(image, folder / f"{i:03d}-{file_name(prompt)}.png")
-    if command.grid is not None:
-        _save(labelled_grid(images, command.prompts, command.columns), Path(command.grid))
+# The module that does what a command says, in a function of the command's name.
+COMMANDS = {
+    Generate: "picture_lists",
+    Edit: "picture_lists",
+    Interpolate: "films",
+    Redraw: "redrawing",
+    Serve: "serve",
+    Push: "sharing",
+    Pull: "sharing",
+    Retrieval: "measuring",
+    Backgrounds: "measuring",
+    Check: "measuring",
+}
+NAMES = {kind.__name__.lower(): kind for kind in COMMANDS}
+STYLE = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
-def file_name(prompt: str) -> str:
-    """A prompt as part of a file's name: "A cat, twemoji style" -> "a-cat-twemoji-style", cut at 60 letters."""
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
-
-
-def _save(image: Any, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from None
-    print(path)
-
-
-def retrieval(command: Retrieval) -> None:
-    """Measure, print and, where asked, write JSON."""
-    settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
-    from . import evaluation
-
-    network = evaluation.efficientnet_lite.load(pipeline.device)
-    _report(evaluation.retrieval(pipeline, count=command.count, settings=settings, network=network), command.output)
-
-
-def backgrounds(command: Backgrounds) -> None:
-    """Measure, print and, where asked, write JSON."""
-    settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
-    from . import evaluation
-
-    network = evaluation.efficientnet_lite.load(pipeline.device)
-    _report(evaluation.backgrounds(pipeline, count=command.count, settings=settings, network=network), command.output)
-
-
-def _report(result: "Measurement", output: str | None) -> None:
-    print(result)
-    if output is not None:
-        try:
-            result.save_json(output)
-        except OSError as error:
-            raise ConfigError(f"{output} cannot be written: {error}") from None
-
-
-def check(command: Check) -> None:
-    """Say what stands against a run with these settings."""
-    from . import preflight
-
-    preflight.check(command.config)
-
-
-COMMANDS = {Generate: generate, Retrieval: retrieval, Backgrounds: backgrounds, Check: check}
-
-
-def parse(argv: list[str] | None = None) -> Command | Check:
+def parse(argv: list[str] | None = None) -> Any:
     """The command that `argv` (by default the process's own) asks for."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["check"]:  # its flags stand over a preset or a file, as in training
         return Check(config=parse_train_config(argv[1:], prog="latentdiff check"))
-    description = "Draw with a latent diffusion model, and measure what it draws."
-    return tyro.cli(Generate | Retrieval | Backgrounds | Check, args=argv, prog="latentdiff", description=description)
+    if argv and argv[0] in NAMES:
+        return parse_flags(NAMES[argv[0]], argv[1:], prog=f"latentdiff {argv[0]}", config=STYLE)
+    brief = [Annotated[kind, tyro.conf.subcommand(description=_summary(kind))] for kind in COMMANDS]
+    return parse_flags(Union[tuple(brief)], argv, prog="latentdiff", description=DESCRIPTION, config=STYLE)  # noqa: UP007
+
+
+def _summary(kind: type) -> str:
+    return " ".join(kind.__doc__.split("\n\n")[0].split())
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; a user's mistake (ConfigError) is one line on stderr and status 2."""
     with user_errors():
         command = parse(argv)
-        COMMANDS[type(command)](command)
+        module = importlib.import_module(f".{COMMANDS[type(command)]}", __package__)
+        getattr(module, type(command).__name__.lower())(command)
 
 
 if __name__ == "__main__":

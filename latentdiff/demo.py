@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from . import emoji
-from .cli import Generate, generate
+from .cli import Generate
 from .cli_errors import user_errors
 from .config import ConfigError, packaged_checkpoint
+from .picture_lists import generate
 
 OUTPUT = Path("demo-output")
 GUIDANCE_SCALE = 4.0
@@ -23,15 +24,15 @@ PROMPTS = (
 
 def draw(checkpoint: str, prompts: tuple[str, ...], grid: Path, folder: Path | None = None) -> None:
     """A labelled grid of the prompts, and each picture in `folder`; says where they are."""
-    single = None if folder is None else str(folder)
     generate(
         Generate(
             checkpoint=checkpoint,
             prompts=prompts,
-            grid=str(grid),
-            output_dir=single,
+            grid=grid,
+            output_dir=folder,
             columns=5,
             guidance_scale=GUIDANCE_SCALE,
+            overwrite=True,
         )
     )
 

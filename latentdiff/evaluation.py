@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from . import efficientnet_lite, emoji
 from .config import ConfigError
+from .drawing import draw_pictures
 from .latents import to_pixels
 
 FEATURE_BATCH = 32
@@ -218,21 +219,9 @@ def build_galleries(network: FeatureNetwork, pictures: emoji.EmojiSet) -> Galler
 
 def draw(pipeline: Callable[..., Any], prompts: Sequence[str], settings: DrawSettings) -> list[Image.Image]:
     """One RGB picture for each prompt, in batches; picture i has a generator of its own, seeded with seed + i."""
-    drawn = []
-    with tqdm(total=len(prompts), desc="drawing", unit="picture") as progress:
-        for start in range(0, len(prompts), settings.batch_size):
-            batch = list(prompts[start : start + settings.batch_size])
-            seeds = range(settings.seed + start, settings.seed + start + len(batch))
-            output = pipeline(
-                batch,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # of the CPU: the same everywhere
-                output_type="pil",
-            )
-            drawn += [image.convert("RGB") for image in output.images]
-            progress.update(len(batch))
-    return drawn
+    seeds = range(settings.seed, settings.seed + len(prompts))
+    options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    return [image for _, image in draw_pictures(pipeline, prompts, seeds, settings.batch_size, **options)]
 
 
 def plain_caption(concept: emoji.Concept, style: str, colour: str = "white") -> str:

@@ -1,20 +1,36 @@
-"""To the Hub: a model card, and a folder pushed whole. A push that fails says why in one line, never with the token."""
+"""To the Hub and from it: a model card, a folder pushed or pulled whole.
+
+What fails says why in one line, and never with the token.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .config import ConfigError
 
 PICTURES_PER_ROW = 4
+_PULLED = ".cache/huggingface"  # what huggingface_hub keeps beside what it brought
 
 
 class PushError(ConfigError):
     """A push that did not happen; the message is one line that says why and what to do."""
+
+
+class PullError(ConfigError):
+    """A model that did not come; the message is one line that says why and what to do."""
 
 
 # ---- the model card -------------------------------------------------------------------------------------------------
@@ -145,7 +161,7 @@ def _picture_table(samples: Mapping[str, str]) -> str:
     return "\n\n".join(tables)
 
 
-# ---- the push -------------------------------------------------------------------------------------------------------
+# ---- push and pull --------------------------------------------------------------------------------------------------
 
 
 def push_folder(
@@ -182,7 +198,7 @@ def push_folder(
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         # `from None`: the chain would print the library's own message, which may quote the request's headers.
-        raise PushError(_explain(error, repo_id).replace(api.token, "<token>")) from None
+        raise PushError(_explain(error, repo_id, "not pushed to").replace(api.token, "<token>")) from None
     return commit.commit_url
 
 
@@ -199,18 +215,54 @@ def open_repo(repo_id: str, private: bool = False, token: str | None = None) -> 
     try:
         return api, api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise PushError(_explain(error, repo_id).replace(token, "<token>")) from None
+        raise PushError(_explain(error, repo_id, "not pushed to").replace(token, "<token>")) from None
 
 
-def _explain(error: Exception, repo_id: str) -> str:
-    """One line on why pushing to `repo_id` failed."""
+def pull_folder(repo_id: str, folder: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """Load a model repository into a folder, as it is on the Hub, and return the folder.
+
+    A pull that was interrupted goes on where it stopped, and a later one brings what has changed since.
+
+    Args:
+        revision: branch, tag or commit; by default main.
+        token: by default HF_TOKEN or that of `hf auth login`; public models need none.
+
+    Raises:
+        PullError: a folder that holds other things, a bad name, no such model or revision, or no way to the Hub.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / _PULLED).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PullError(f"{folder} is there and holds other things: name an empty or a new folder with --output-dir")
+    try:
+        snapshot_download(repo_id, revision=revision, local_dir=folder, token=token)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        secret = (token or get_token() or "").strip()
+        message = _explain_pull(error, repo_id, revision)
+        raise PullError(message.replace(secret, "<token>") if secret else message) from None
+    return folder
+
+
+def _explain_pull(error: Exception, repo_id: str, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is for those alone who accepted its terms: {constants.ENDPOINT}/{repo_id}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id}: no such model on {constants.ENDPOINT}, or a private one that this token may not read"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r}"
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _explain(error.__cause__, repo_id, "not pulled from")
+    return _explain(error, repo_id, "not pulled from")
+
+
+def _explain(error: Exception, repo_id: str, failed: str) -> str:
+    """One line on why what `failed` with `repo_id` did, such as "not pushed to"."""
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is no repository name: write it as user/name, with letters, digits, '-', '_' and '.'"
     if isinstance(error, HfHubHTTPError):
-        return f"not pushed to {repo_id}: {_refusal(error)}"
+        return f"{failed} {repo_id}: {_refusal(error)}"
     if isinstance(error, HTTPError | ConnectionError):
-        return f"not pushed to {repo_id}: {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
-    return f"not pushed to {repo_id}: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{failed} {repo_id}: {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    return f"{failed} {repo_id}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _refusal(error: HfHubHTTPError) -> str:

@@ -99,16 +99,19 @@ class Recipe:
     """The picture that is edited."""
     strength: float | None = None
     mask: Ingredient | None = None
-    mask_blur: float | None = None
-    """Pixels over which a mask's edge is blurred."""
+    mask_blur: int | None = None
+    """Pixels around the mask over which the painting passes into the picture."""
+    keep_unmasked: bool | None = None
     source_prompt: str | None = None
     """What the edited picture shows, for an edit through its own noise."""
     prompts: tuple[str, ...] | None = None
     """The stations of an interpolation after `prompt`."""
     seeds: tuple[int, ...] | None = None
-    """The noise of the stations after `seed`."""
+    """The noise of the stations after `seed`, one for each."""
     frames: int | None = None
-    """From one station to the next."""
+    loop: bool | None = None
+    columns: int | None = None
+    """Frames that are shown in a row."""
     batch_size: int = 1
     """Pictures drawn at a time, copies of which are needed to draw this one again to the last bit: a network's sums are
     rounded in another order in a batch of another size."""
@@ -136,6 +139,8 @@ class Recipe:
                 raise RecipeError(f"{self.kind} {'needs' if name in own else 'has no use for'} {name}")
         if (self.clip is None) != (self.clip_guidance is None):
             raise RecipeError("clip and clip_guidance go together")
+        if len(self.prompts or ()) != len(self.seeds or ()):
+            raise RecipeError(f"{len(self.prompts or ())} prompts and {len(self.seeds or ())} seeds: must be as many")
 
     def to_json(self) -> str:
         """One line of JSON, what is None left out."""
@@ -175,7 +180,7 @@ class Recipe:
         }
         line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
         negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt else []
-        return "\n".join([self.prompt, *negative, line])
+        return "\n".join([" -> ".join((self.prompt, *(self.prompts or ()))), *negative, line])
 
 
 _RANGES = (
@@ -187,16 +192,17 @@ _RANGES = (
     ("guidance_rescale", 0, 1),
     ("strength", 0, 1),
     ("mask_blur", 0, MAX_SIDE),
-    ("frames", 1, MAX_FRAMES),
+    ("frames", 2, MAX_FRAMES),
+    ("columns", 2, MAX_FRAMES),
     ("batch_size", 1, MAX_BATCH),
 )
 # What belongs to some kinds of picture only.
 _OF_KIND: dict[str, tuple[str, ...]] = {
     "text2img": (),
     "img2img": ("image", "strength"),
-    "inpaint": ("image", "mask", "strength", "mask_blur"),
+    "inpaint": ("image", "mask", "strength", "mask_blur", "keep_unmasked"),
     "invert": ("image", "strength", "source_prompt"),
-    "interpolate": ("prompts", "seeds", "frames"),
+    "interpolate": ("prompts", "seeds", "frames", "loop", "columns"),
 }
 
 

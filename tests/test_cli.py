@@ -1,49 +1,166 @@
-"""The command line: what it saves, what it says about mistakes, and that help needs no torch."""
+"""The command line: what it understands, how it teaches, what it says about mistakes, and that this needs no torch."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from PIL import Image, ImageFont
 
 import latentdiff
-from latentdiff import cli, evaluation
-from latentdiff.grid import labelled_grid, wrap
+from latentdiff import cli, evaluation, measuring
 
 
 def fails(capsys, *argv) -> str:
     """Run a command that must fail as a user's mistake; return its one line."""
     with pytest.raises(SystemExit) as stopped:
-        cli.main(list(argv))
+        cli.main([str(word) for word in argv])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    error = error[error.index("error: ") :]  # a bar may have been drawn before
+    assert error.count("\n") == 1
     return error
 
 
-def test_generate_saves_pictures_and_a_grid(tiny_pipeline_folder, tmp_path, capsys):
-    argv = ["generate", str(tiny_pipeline_folder), "--prompts", "A cat, red", "a dog", "--num-inference-steps", "2"]
-    argv += ["--output-dir", str(tmp_path / "pictures"), "--grid", str(tmp_path / "grid.png"), "--columns", "2"]
-    cli.main(argv)
-    names = ["000-a-cat-red.png", "001-a-dog.png"]
-    assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == names
-    assert capsys.readouterr().out.split("\n")[:3] == [
-        *(str(tmp_path / "pictures" / name) for name in names), str(tmp_path / "grid.png")
-    ]  # fmt: skip
-    both = [np.asarray(Image.open(tmp_path / "pictures" / name)) for name in names]
-    assert both[0].shape == (16, 16, 3) and (both[0] != both[1]).any()
-    assert Image.open(tmp_path / "grid.png").width == 2 * 128 + 3 * 8
+def without_torch(*argv: str) -> subprocess.CompletedProcess:
+    """Run a command in a process of its own, which fails if it loads torch.
 
-    # Picture i depends on seed + i and its prompt alone.
-    argv = ["generate", str(tiny_pipeline_folder), "--prompts", "a dog", "--num-inference-steps", "2", "--seed", "1"]
-    cli.main([*argv, "--output-dir", str(tmp_path / "alone")])
-    alone = np.asarray(Image.open(tmp_path / "alone" / "000-a-dog.png")).astype(int)
-    assert abs(alone - both[1]).max() <= 1
+    The package's own `__init__` is stood in for: what it imports is not this module's doing.
+    """
+    code = f"""
+import sys, types
+package = types.ModuleType("latentdiff")
+package.__path__ = [{str(Path(latentdiff.__file__).parent)!r}]
+sys.modules["latentdiff"] = package
+from latentdiff.cli import main
+try:
+    main({list(argv)!r})
+except SystemExit as stopped:
+    assert stopped.code in (None, 0)
+assert not {{"torch", "diffusers", "numpy"}} & set(sys.modules)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def test_help_does_not_load_torch():
+    """Help would take seconds to come."""
+    assert "--prompts" in without_torch("generate", "--help").stdout
+
+
+def test_completion_comes_from_the_shell(tmp_path):
+    """The TAB key would do nothing, or load torch each time."""
+    script = tmp_path / "latentdiff"
+    without_torch("--tyro-write-completion", "bash", str(script))
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    lines = ["latentdiff inter", "latentdiff generate x --guidance-s", "latentdiff generate x --scheduler dp"]
+    for line, completed in zip(lines, ["interpolate", "--guidance-scale", "dpm++"], strict=True):
+        # As the shell does: the script registers a function, which fills COMPREPLY.
+        ask = f"""
+            source {script}
+            COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}
+            COMP_WORDS=($COMP_LINE); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            $(complete -p latentdiff | sed 's/.*-F \\([^ ]*\\).*/\\1/') latentdiff
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        replies = subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout.split()
+        assert completed in replies, (line, replies)
+
+
+def test_completion_of_no_shell_is_one_line(capsys):
+    assert "one of bash, zsh, fish, tcsh" in fails(capsys, "--tyro-write-completion", "cmd", "x")
+
+
+@pytest.mark.parametrize("name", cli.NAMES)
+def test_each_command_teaches_by_an_example(name, capsys):
+    """An example in the help would be refused."""
+    if name == "check":
+        examples = [line for line in cli.Check.__doc__.splitlines() if line.strip().startswith("latentdiff ")]
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([name, "--help"])
+        assert stopped.value.code == 0
+        shown = capsys.readouterr().out
+        examples = [line for line in shown.splitlines() if line.startswith(f"latentdiff {name} ")]
+    if name != "serve":
+        assert examples
+    for example in examples:
+        if name != "check":  # whose example names a folder of the reader's
+            assert type(cli.parse(shlex.split(example)[1:])) is cli.NAMES[name]
+
+
+def test_the_overview_lists_every_command_and_how_to_complete(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"• {name}" in shown for name in cli.NAMES) and "--tyro-write-completion bash" in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "give a command: generate, edit, "),
+        (["genrate"], "no option or argument genrate; the commands are generate, "),
+        (["generate"], "CHECKPOINT is missing (see latentdiff generate --help)"),
+        (["generate", "x"], "--prompts is empty"),
+        (["generate", "x", "--prompts", "a", "--colums", "3"], "--colums, 3; perhaps you meant --columns"),
+        (["generate", "x", "--prompts", "a", "--seed", "five"], "--seed: 'five' is not a whole number"),
+        (["generate", "x", "--prompts", "a", "--seed", "-1"], "--seed is -1; it must lie in 0"),
+        (["generate", "x", "--prompts", "a", "--seed"], "--seed: it needs a value"),
+        (
+            ["generate", "x", "--prompts", "a", "--scheduler", "pndm"],
+            "--scheduler: 'pndm' is not one of ddim, ddpm, dpm++, euler, unipc",
+        ),
+        (["generate", "x", "--prompts", "a", "--eta", "2"], "--eta is 2.0; it must lie in 0 … 1"),
+        (["generate", "x", "--prompts", "a", "--guidance-interval", "3", "1"], "--guidance-interval is 3 1; it must"),
+        (["generate", "x", "--prompts", "a", "--seed", "1", "--seeds", "2"], "--seed and --seeds"),
+        (["generate", "x", "--prompts", "a", "--seeds", "2", "-3"], "--seeds has -3"),
+        (["generate", "x", "--prompts", "a", "--columns", "0"], "--columns is 0; it must be at least 1"),
+        (["generate", "x", "--prompts", "a", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["generate", "x", "--prompts", "a", "--clip-guidance", "9"], "--clip-guidance SCALE and --clip FOLDER go"),
+        (["generate", "x", "--prompts", "a", "--karras-sigmas", "--scheduler", "ddim"], "--karras-sigmas: is for"),
+        (["generate", "x", "--prompts", "a", "--guide-unet", "u", "--negative-prompt", "b"], "--negative-prompt: has"),
+        (["edit", "x", "--prompts", "a"], "--image is missing"),
+        (["edit", "x", "--prompts", "a", "--image", "i", "--strength", "0"], "--strength is 0; it must lie above 0"),
+        (["edit", "x", "--prompts", "a", "--image", "i", "--mask-blur", "4"], "--mask-blur: has no effect without"),
+        (["edit", "x", "--prompts", "a", "--image", "i", "--keep-unmasked"], "--keep-unmasked: has no effect without"),
+        (["edit", "x", "--prompts", "a", "--image", "i", "--mask", "m", "--source-prompt", "b"], "two ways to edit"),
+        (["edit", "x", "--prompts", "a", "--image", "i", "--source-prompt", "b", "--seeds", "1"], "--seeds: has no"),
+        (["edit", "x", "--prompts", "a", "--image", "i", "--source-prompt", "b", "--scheduler", "euler"], "ddim alone"),
+        (["interpolate", "x", "--prompts", "a"], "--prompts has one, and no --seeds"),
+        (["interpolate", "x", "--prompts", "a", "b", "--seeds", "1", "2", "3"], "--prompts has 2; it must be one, or"),
+        (["interpolate", "x", "--prompts", "a", "b", "--num-frames", "1"], "--num-frames is 1; it must lie in 2"),
+        (["check", "--prediction_type", "noise"], "--prediction-type: 'noise' is not one of"),
+        (["check", "--resolution", "large"], "--resolution: 'large' is not"),
+        (["check", "--nothing"], "no option or argument --nothing"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else None,
+)
+def test_a_mistyped_command_is_one_line(argv, said, capsys):
+    """A box of ten lines would hide what is wrong, or torch be loaded before anything is said."""
+    assert said in fails(capsys, *argv)
+
+
+def test_mistakes_are_one_clear_line(tiny_pipeline_folder, tmp_path, capsys):
+    folder, missing = str(tiny_pipeline_folder), str(tmp_path / "none")
+    assert f"{missing}: no such folder" in fails(capsys, "retrieval", missing)
+    assert f"{tmp_path} holds no model_index.json" in fails(capsys, "generate", str(tmp_path), "--prompts", "a")
+    assert "num_inference_steps is 0" in fails(capsys, "backgrounds", folder, "--num-inference-steps", "0")
+    assert "--device warp" in fails(capsys, "generate", folder, "--prompts", "a", "--device", "warp")
+    wrong_suffix = ["--num-inference-steps", "1", "--grid", str(tmp_path / "grid.what")]
+    assert "grid.what cannot be written" in fails(capsys, "generate", folder, "--prompts", "a", *wrong_suffix)
+    (tmp_path / "model_index.json").write_text("{")
+    assert "cannot be loaded" in fails(capsys, "retrieval", str(tmp_path))
+
+
+def test_a_model_that_the_hub_does_not_have(hub, capsys):
+    assert "nobody/nothing: neither a folder here nor" in fails(capsys, "retrieval", "nobody/nothing")
 
 
 def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
@@ -57,7 +174,7 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
             **quoted, count=count, gallery_size=7, drawn=recall, ceiling=recall, floor=recall
         )
 
-    monkeypatch.setattr(cli, "load_pipeline", lambda checkpoint, device: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(measuring, "load_pipeline", lambda checkpoint, device: SimpleNamespace(device="cpu"))
     monkeypatch.setattr(evaluation.efficientnet_lite, "load", lambda device: None)
     flags = ["--count", "12", "--num-inference-steps", "4", "--guidance-scale", "2", "--seed", "9"]
     for name in ("retrieval", "backgrounds"):
@@ -71,76 +188,6 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
 def test_defaults_are_those_of_the_library():
     """The command line repeats them so as not to import torch for --help."""
     for name in (field.name for field in fields(evaluation.DrawSettings)):
-        assert getattr(cli.Generate(checkpoint="", prompts=()), name) == getattr(evaluation.DrawSettings(), name)
+        assert getattr(cli.Retrieval(checkpoint=""), name) == getattr(evaluation.DrawSettings(), name)
     assert evaluation.retrieval.__kwdefaults__["count"] == cli.Retrieval(checkpoint="").count
     assert evaluation.backgrounds.__kwdefaults__["count"] == cli.Backgrounds(checkpoint="").count
-
-
-def test_mistakes_are_one_clear_line(tiny_pipeline_folder, tmp_path, capsys):
-    folder, missing = str(tiny_pipeline_folder), str(tmp_path / "none")
-    assert f"{missing}: no such folder" in fails(capsys, "retrieval", missing)
-    assert f"{tmp_path} holds no model_index.json" in fails(capsys, "generate", str(tmp_path), "--prompts", "a")
-    assert "--prompts is empty" in fails(capsys, "generate", folder, "--prompts")
-    assert "num_inference_steps is 0" in fails(capsys, "backgrounds", folder, "--num-inference-steps", "0")
-    assert "--device warp" in fails(capsys, "generate", folder, "--prompts", "a", "--device", "warp")
-    wrong_suffix = ["--num-inference-steps", "1", "--grid", str(tmp_path / "grid.what")]
-    assert "grid.what cannot be written" in fails(capsys, "generate", folder, "--prompts", "a", *wrong_suffix)
-    (tmp_path / "model_index.json").write_text("{")
-    assert "cannot be loaded" in fails(capsys, "retrieval", str(tmp_path))
-
-
-def test_a_model_that_the_hub_does_not_have(hub, capsys):
-    assert "nobody/nothing: neither a folder here nor" in fails(capsys, "retrieval", "nobody/nothing")
-
-
-def test_help_does_not_load_torch():
-    """The package's own `__init__` is stood in for: what it imports is not this module's doing."""
-    code = f"""
-import sys, types
-package = types.ModuleType("latentdiff")
-package.__path__ = [{str(Path(latentdiff.__file__).parent)!r}]
-sys.modules["latentdiff"] = package
-from latentdiff.cli import main
-try:
-    main(["generate", "--help"])
-except SystemExit as stopped:
-    assert stopped.code == 0
-assert not {{"torch", "diffusers", "numpy"}} & set(sys.modules)
-"""
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "--prompts" in finished.stdout
-
-
-# ---- the grid
-
-
-def test_grid_places_enlarged_pictures_with_room_for_the_longest_label():
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    images = [Image.new("RGB", (64, 64), colour) for colour in colours]
-    short, long = (labelled_grid(images, ["a", "b", label], columns=2) for label in ("c", "a long caption " * 6))
-    assert short.width == long.width == 2 * 128 + 3 * 8 and long.height > short.height
-    pixels = np.asarray(short)
-    step = (short.height - 8) // 2
-    for i, colour in enumerate(colours):
-        x, y = 8 + i % 2 * 136, 8 + i // 2 * step
-        assert (pixels[y : y + 128, x : x + 128] == colour).all()
-        assert (pixels[y + 128 : y + step, x : x + 128] < 128).any(), "its label stands below"
-
-
-def test_wrapped_lines_fit_and_lose_nothing():
-    font = ImageFont.load_default(12)
-    text = "a donaudampfschifffahrtsgesellschaft on a light blue background"
-    lines = wrap(text, font, 100)
-    assert all(font.getlength(line) <= 100 for line in lines) and len(lines) > 3
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert wrap("", font, 100) == [""]
-
-
-def test_grid_refuses_what_does_not_fit_together():
-    image = Image.new("RGB", (64, 64))
-    for images, labels, columns in (([], [], 1), ([image], ["a", "b"], 1), ([image], ["a"], 0)):
-        with pytest.raises(ValueError, match="do not make a grid"):
-            labelled_grid(images, labels, columns)
-    with pytest.raises(ValueError, match="one size"):
-        labelled_grid([image, Image.new("RGB", (32, 64))], ["a", "b"], 1)

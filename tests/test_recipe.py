@@ -32,8 +32,9 @@ def of_kind(kind: str) -> Recipe:
     """A recipe of each kind, with what it needs."""
     picture = Ingredient(name="cat.png", sha256=SHA)
     values = {
-        "image": picture, "mask": picture, "strength": 0.6, "mask_blur": 2.0, "source_prompt": "a dog",
-        "prompts": ("a dog", "a fish"), "seeds": (1, 2), "frames": 8,
+        "image": picture, "mask": picture, "strength": 0.6, "mask_blur": 2, "keep_unmasked": True,
+        "source_prompt": "a dog", "prompts": ("a dog", "a fish"), "seeds": (1, 2), "frames": 8, "loop": False,
+        "columns": 4,
     }  # fmt: skip
     return a_recipe(kind=kind, **{name: values[name] for name in recipes._OF_KIND[kind]})
 
@@ -42,6 +43,11 @@ def changed(**changes) -> str:
     """A recipe's JSON with other values; `...` takes one out."""
     values = {**json.loads(a_recipe().to_json()), **changes}
     return json.dumps({name: value for name, value in values.items() if value is not ...})
+
+
+def film(**changes) -> str:
+    """An interpolation's JSON with other values."""
+    return json.dumps({**json.loads(of_kind("interpolate").to_json()), **changes})
 
 
 @pytest.mark.parametrize("kind", recipes._OF_KIND)
@@ -113,8 +119,10 @@ def png_with(**chunks) -> PngImagePlugin.PngInfo:
         (changed(kind="img2img", strength=0.5), "img2img needs image"),
         (changed(strength=0.5), "text2img has no use for strength"),
         (changed(clip_guidance=1.0), "clip and clip_guidance go together"),
-        (changed(kind="interpolate", prompts=["a", 1], seeds=[1, 2], frames=2), "prompts is not what it must be"),
-        (changed(kind="interpolate", prompts=["a"], seeds=[-1], frames=2), "each must lie in"),
+        (film(prompts=["a", 1]), "prompts is not what it must be"),
+        (film(seeds=[-1, 1]), "each must lie in"),
+        (film(seeds=[1]), "2 prompts and 1 seeds"),
+        (film(frames=10**6), "frames is 1000000; it must lie in 2 … 10000"),
     ],
 )
 def test_a_hostile_recipe_is_one_line(text, said, tmp_path):

@@ -1,0 +1,166 @@
+"""What pictures are drawn with: a saved pipeline and what guides it, found, loaded, and named for their recipes."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.schedulers import SchedulerMixin
+
+from .clip_guidance import ClipGuidance
+from .config import ConfigError
+from .models import hide_loading_bars
+from .pipelines.text2img import LatentDiffPipeline
+from .recipe import Ingredient, Recipe, folder_ingredient
+from .scheduling_ddim import DDIMScheduler
+from .scheduling_ddpm import DDPMScheduler
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Something loaded, and what a recipe calls it."""
+
+    model: Any
+    ingredient: Ingredient
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What pictures are drawn with."""
+
+    pipeline: LatentDiffPipeline
+    checkpoint: Ingredient
+    own_scheduler: SchedulerMixin
+    """The checkpoint's, from which the others take their settings."""
+    guide_unet: Network | None = None
+    clip: Network | None = None
+    """A `ClipGuidance`."""
+
+
+def load_networks(
+    checkpoint: str,
+    device: str | None = None,
+    dtype: str = "fp32",
+    guide_unet: Path | None = None,
+    clip: Path | None = None,
+) -> Networks:
+    """A checkpoint and what guides it, on their device.
+
+    Args:
+        checkpoint: a folder, or a Hub id.
+        dtype: one of `DTYPES`, of the pipeline and the guiding UNet.
+        guide_unet: the folder of a UNet, or of a pipeline that has one.
+        clip: the folder of a CLIP with its tokenizer and its preprocessor's config.
+
+    Raises:
+        ConfigError: one of them is not there or cannot be loaded.
+    """
+    pipeline = load_pipeline(checkpoint, device, dtype)
+    folder = pipeline_folder(checkpoint)
+    name = None if Path(checkpoint).exists() else checkpoint
+    return Networks(
+        pipeline=pipeline,
+        checkpoint=folder_ingredient(folder, name),
+        own_scheduler=pipeline.scheduler,
+        guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
+        clip=None if clip is None else _load_clip(clip, pipeline),
+    )
+
+
+def load_pipeline(checkpoint: str, device: str | None, dtype: str = "fp32") -> LatentDiffPipeline:
+    """A `LatentDiffPipeline` on its device, without progress bars of its own.
+
+    Raises:
+        ConfigError: nothing that can be loaded is there.
+    """
+    folder = Path(checkpoint)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ConfigError(f"{checkpoint} holds no model_index.json: give the folder of a whole saved pipeline")
+    if not folder.exists() and not HUB_ID.fullmatch(checkpoint):
+        raise ConfigError(f"{checkpoint}: no such folder (nor is it the name of a model on the Hub, owner/name)")
+    hide_loading_bars()
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"--device {device}: not a device that torch knows, such as cpu, cuda or cuda:1") from None
+    try:
+        pipeline = LatentDiffPipeline.from_pretrained(pipeline_folder(checkpoint), dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
+        raise ConfigError(f"{checkpoint}: {where}: {_first_line(error)}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(place)
+
+
+def pipeline_folder(checkpoint: str) -> Path:
+    """Where a checkpoint's files lie; a Hub id's are loaded, unless they have been before."""
+    return Path(checkpoint) if Path(checkpoint).exists() else Path(LatentDiffPipeline.download(checkpoint))
+
+
+def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
+    if (folder / "unet" / "config.json").is_file():
+        folder = folder / "unet"
+    try:
+        unet = UNet2DConditionModel.from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--guide-unet {folder}: no UNet can be loaded from it: {_first_line(error)}") from None
+    return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))
+
+
+def _load_clip(folder: Path, pipeline: LatentDiffPipeline) -> Network:
+    if not folder.is_dir():  # else transformers would look for it on the Hub
+        raise ConfigError(f"--clip {folder}: no such folder")
+    try:
+        clip = ClipGuidance.from_pretrained(folder, scale=0.0)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--clip {folder}: no CLIP can be loaded from it: {_first_line(error)}") from None
+    return Network(clip.to(pipeline.device), folder_ingredient(folder))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def scheduler_class(networks: Networks, name: str) -> type[SchedulerMixin]:
+    """The class that a recipe names: one that the command line offers, or the checkpoint's own.
+
+    Raises:
+        ConfigError: neither.
+    """
+    own = type(networks.own_scheduler)
+    known = {kind.__name__: kind for kind in (own, *SCHEDULERS.values())}
+    if name not in known:
+        raise ConfigError(f"scheduler {name!r} is not known here; it may be {', '.join(known)}")
+    return known[name]
+
+
+def make_scheduler(networks: Networks, recipe: Recipe) -> SchedulerMixin:
+    """The recipe's scheduler, with the checkpoint's settings but for those that the recipe changes.
+
+    Raises:
+        ConfigError: an unknown class, or one that has no use for what the recipe sets.
+    """
+    kind = scheduler_class(networks, recipe.scheduler)
+    changes: dict[str, Any] = {}
+    if recipe.timestep_spacing is not None:
+        changes["timestep_spacing"] = recipe.timestep_spacing
+    if recipe.karras_sigmas:
+        changes["use_karras_sigmas"] = True
+    known = kind._get_init_keys(kind)
+    for name in changes.keys() - known:
+        raise ConfigError(f"{kind.__name__} has no {name}: leave it out, or take another --scheduler")
+    settings = {name: value for name, value in networks.own_scheduler.config.items() if name in known}
+    return kind.from_config(settings, **changes)
