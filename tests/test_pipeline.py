@@ -540,6 +540,21 @@ def test_half_precision_on_a_gpu(tiny_pipeline_folder, scheduler):
     torch.testing.assert_close(draw(pipe, latents=noise), half)
 
 
+def test_from_pipe_keeps_the_precision(tiny_pipeline_folder):
+    """Else another pipeline on the same components silently makes all of them, its own and the first one's, fp32."""
+    plain = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16)
+    plain.vae.float()  # as many keep it
+    ours = quiet(LatentDiffPipeline.from_pipe(plain))
+    assert (ours.unet.dtype, ours.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert ours.unet is plain.unet and plain.unet.dtype == torch.bfloat16
+    assert torch.isfinite(draw(ours)).all()
+    other = tiny_components(seed=1)["unet"]
+    assert LatentDiffPipeline.from_pipe(ours, unet=other).unet is other
+    assert LatentDiffPipeline.from_pipe(ours, dtype=torch.float32).unet.dtype == torch.float32
+    diffusers.StableDiffusionImg2ImgPipeline.from_pipe(plain)
+    assert plain.unet.dtype == torch.float32  # theirs: the docstring's claim is out of date where this fails
+
+
 def test_half_precision_types_follow_the_text_encoder(tiny_pipeline_folder):
     """Else full-precision noise meets half-precision weights and the first convolution refuses it."""
     pipe = quiet(LatentDiffPipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16))

@@ -15,7 +15,7 @@ from diffusers.loaders import (
     TextualInversionLoaderMixin,
 )
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import SchedulerMixin
@@ -95,6 +95,19 @@ class LatentPipeline(
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "LatentPipeline":
+        """A pipeline of this kind on the components of another; `kwargs` take the place of some of them.
+
+        As in diffusers, but for what is not asked for: that one casts all components, also in `pipeline`, to float32.
+        """
+        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        expected, optional = cls._get_signature_keys(cls)
+        components = {name: part for name, part in pipeline.components.items() if name in expected}
+        settings = {name: pipeline.config[name] for name in optional if name in pipeline.config}
+        return cls(**{**components, **settings, **kwargs})
 
     def compile(self, regional: bool = False, **options) -> None:
         """torch.compile for what takes the time: the UNet and the VAE's decoder. The first call then takes longer.
@@ -276,7 +289,8 @@ class LatentPipeline(
         """Latents (B, C, h, w) to pictures of `output_type`, with the safety checker's verdicts if there is one."""
         if output_type == "latent":
             return latents, None
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)[0]
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)  # many keep the VAE in fp32
+        pixels = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
         pixels = pixels if retouch is None else retouch(pixels)
         pixels, flagged = self.run_safety_checker(pixels, latents.dtype)
         denormalize = [True] * len(pixels) if flagged is None else [not flag for flag in flagged]
