@@ -14,6 +14,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models import UNet2DConditionModel
+from diffusers.schedulers import PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from .clip_guidance import ClipGuidance
@@ -249,8 +250,23 @@ class GuidedSampling:
         skipped = (steps - max(int(round(steps * strength, 6)), 1)) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped)
-        self._num_timesteps = len(self.scheduler.timesteps) - skipped
-        return self.scheduler.timesteps[skipped:]
+        remaining = self.scheduler.timesteps[skipped:]
+        if skipped and isinstance(self.scheduler, PNDMScheduler):
+            remaining = self._last_pndm_timesteps(skipped)
+        self._num_timesteps = len(remaining)
+        return remaining
+
+    def _last_pndm_timesteps(self, skipped: int) -> torch.Tensor:
+        """Without the first `skipped` of PNDM's N steps.
+
+        PNDM calls the network twice for its first step, wherever it begins, and so names the second timestep twice.
+        Without that its samples would lag a step behind the timesteps.
+        """
+        if not self.scheduler.config.skip_prk_steps:
+            raise ValueError("PNDMScheduler begins in the middle only with skip_prk_steps=True: set it, or strength=1")
+        timesteps = self.scheduler.timesteps
+        once = torch.cat([timesteps[:1], timesteps[2:]])[skipped:]
+        return torch.cat([once[:2], once[1:]])
 
     def _conditions(
         self,

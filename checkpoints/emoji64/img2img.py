@@ -19,8 +19,9 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
     """Image-to-image pipeline; see `LatentPipeline` for its components.
 
     With the same weights, seed, steps and guidance it draws the picture of `StableDiffusionImg2ImgPipeline` to the last
-    bit, except where that one takes a step too few because 0.29 * 100 is 28.999… in floating point, gives the second
-    of several pictures the prompt of the first, or takes a transparent picture's four channels for latents.
+    bit, except where that one takes a step too few because 0.29 * 100 is 28.999… in floating point, lags a step behind
+    with PNDM or skips too many custom timesteps with Heun, gives one prompt's second picture the image of the next
+    prompt, or takes a transparent picture's four channels for latents.
     """
 
     @torch.no_grad()
