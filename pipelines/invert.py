@@ -76,8 +76,8 @@ class LatentDiffInversionPipeline(LatentPipeline, DiffusionPipeline):
         Args:
             prompt: what is to be seen; or `prompt_embeds` (B, tokens, width).
             image: the pictures, as for `LatentDiffImg2ImgPipeline`, or their latents.
-            source_prompt: what is seen in `image`, by default the empty text; or `source_prompt_embeds`. There is one
-                of prompts, pictures and source prompts for all that is drawn, or one for each.
+            source_prompt: what is seen in `image`, by default the empty text; or `source_prompt_embeds`. Of pictures
+                and of each kind of text there is one for all that is drawn, or one for each.
             strength: in (0, 1], how far up the pictures go, and so how much of them may change: the last `strength`
                 share of the steps is taken, upwards and downwards.
             guidance_scale: as in text to image, on the way down.
