@@ -61,8 +61,8 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What tyro and Python say, and what it means; anything else stays as it is.
 _WORDS = (
     (r"Error parsing (\S+?): ", r"\1: "),
-    (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number"),
-    (r"could not convert string to float: ('.*')", r"\1 is not a number"),
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
+    (r"could not convert string to float: (.*)", r"\1 is not a number"),
     (r"no type matching (.*) could be instantiated from \[(.*)\]\.", r"\2 is not \1"),
     (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", lambda found: _choices(*found.groups())),
     (r"Missing value for argument '(.*)'\. Expected (\d+) values\.", r"\1: it needs a value, and has none"),
@@ -90,6 +90,8 @@ def parse_flags(config_type: Any, args: Sequence[str] | None = None, **options: 
             raise
         message = one_line(said.getvalue())
         said.truncate(0)
+        for flag in (arg for arg in args if arg.startswith("--")):  # as it was typed
+            message = message.replace(flag.replace("_", "-"), flag)
         raise ConfigError(message) from None
     finally:
         sys.stderr.write(said.getvalue())

@@ -1,10 +1,15 @@
 """What a user is told when a command ends early, and with which status."""
 
+import contextlib
 import errno
+import io
+import os
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
-from latentdiff.cli_errors import user_errors
+from latentdiff.cli_errors import parse_flags, user_errors
 from latentdiff.config import ConfigError, RunStopped
 
 
@@ -35,3 +40,47 @@ def test_a_fault_of_ours_keeps_its_traceback(error):
     """It would look like a user's mistake, and nobody could find it."""
     with pytest.raises(type(error)), user_errors():
         raise error
+
+
+@dataclass
+class Flags:
+    """A few."""
+
+    name: str
+    """A name."""
+    how_many: int = 1
+    """A number."""
+    share: float | None = None
+    """Another."""
+    shape: Literal["round", "square"] = "round"
+    """A choice."""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--name", "a", "--how_many", "x" * 150], f"--how_many: '{'x' * 150}' is not a whole number"),
+        (["--name", "a", "--share", "half"], "--share: 'half' is not {None}|FLOAT"),
+        (["--name", "a", "--shape", "oval"], "--shape: 'oval' is not one of round, square"),
+        (["--name"], "--name: it needs a value, and has none"),
+        ([], "--name is missing (see prog --help)"),
+        (["--nam", "a"], "--name is missing; there is no option or argument --nam (see prog --help)"),
+        (["--name", "a", "--how-money", "2"], "there is no option or argument --how-money, 2"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_line(argv, line, encoding):
+    """tyro's box would come through, which looks otherwise where the output is not UTF-8."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    before = os.environ.get("COLUMNS")
+    with contextlib.redirect_stdout(stdout), pytest.raises(ConfigError) as error:
+        parse_flags(Flags, argv, prog="prog")
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    assert os.environ.get("COLUMNS") == before, "what is started from here would think its terminal very wide"
+
+
+def test_help_is_not_touched(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags(Flags, ["--help"], prog="prog")
+    assert end.value.code == 0 and "--how-many INT" in (shown := capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 100

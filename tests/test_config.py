@@ -170,18 +170,15 @@ def test_a_wrong_command_line_is_one_line(capsys, argv, said):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--mixed_precision", "fp8"], ("mixed-precision", "'bf16'")),
-        (["--max_train_steps", "abc"], ("max-train-steps", "'abc'")),
+        (["--mixed_precision", "fp8"], ("--mixed_precision: 'fp8'", "bf16")),
+        (["--max_train_steps", "abc"], ("--max_train_steps: 'abc' is not a whole number",)),
         (["--nonsense", "3"], ("--nonsense",)),
     ],
 )
 def test_tyro_refuses_what_it_parses(capsys, argv, said):
-    """A flag that does not exist would be ignored. tyro draws a box around its message; it names flag and value."""
-    with pytest.raises(SystemExit) as end:
-        run_training(lambda config: None, argv)
-    printed = capsys.readouterr().err
-    assert end.value.code == 2 and "Traceback" not in printed
-    assert all(words in printed for words in said)
+    """A flag that does not exist would be ignored, or a mistake hidden in a box of ten lines."""
+    line = one_line(capsys, argv)
+    assert all(words in line for words in said)
 
 
 def test_faults_of_ours_keep_their_traceback():
