@@ -83,6 +83,9 @@ class Drawing(Command):
         at_least_1(self, "num_inference_steps", "batch_size")
         within(self, 0, 2**63 - 1, "seed")
         within(self, 0, 1, "eta", "guidance_rescale")
+        within(self, -1e6, 1e6, "guidance_scale")
+        if self.clip_guidance is not None:
+            within(self, 0, 1e6, "clip_guidance")
         low, high = self.guidance_interval or (0, 1)
         if not 0 <= low < high:
             raise ConfigError(f"--guidance-interval is {low:g} {high:g}; it must be two noise levels, 0 <= low < high")

@@ -69,11 +69,10 @@ def load_networks(
         ConfigError: one of them is not there or cannot be loaded.
     """
     pipeline = load_pipeline(checkpoint, device, dtype)
-    folder = pipeline_folder(checkpoint)
-    name = None if Path(checkpoint).exists() else checkpoint
+    hub_id = None if Path(checkpoint).exists() else checkpoint
     return Networks(
         pipeline=pipeline,
-        checkpoint=folder_ingredient(folder, name),
+        checkpoint=folder_ingredient(pipeline.name_or_path, hub_id),  # the very files that were loaded
         own_scheduler=pipeline.scheduler,
         guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
         clip=None if clip is None else _load_clip(clip, pipeline),
@@ -97,17 +96,13 @@ def load_pipeline(checkpoint: str, device: str | None, dtype: str = "fp32") -> L
     except RuntimeError:
         raise ConfigError(f"--device {device}: not a device that torch knows, such as cpu, cuda or cuda:1") from None
     try:
-        pipeline = LatentDiffPipeline.from_pretrained(pipeline_folder(checkpoint), dtype=DTYPES[dtype])
+        files = folder if folder.exists() else LatentDiffPipeline.download(checkpoint)
+        pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
         raise ConfigError(f"{checkpoint}: {where}: {_first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(place)
-
-
-def pipeline_folder(checkpoint: str) -> Path:
-    """Where a checkpoint's files lie; a Hub id's are loaded, unless they have been before."""
-    return Path(checkpoint) if Path(checkpoint).exists() else Path(LatentDiffPipeline.download(checkpoint))
 
 
 def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:

@@ -26,6 +26,7 @@ MAX_RECIPE = 64 * 1024  # characters of JSON that are looked at
 MAX_SIDE = 8192
 MAX_STEPS = 10_000
 MAX_BATCH = 1024
+MAX_PIXELS = 2**28  # of all pictures that are drawn at a time
 MAX_SEED = 2**63 - 1
 MAX_FRAMES = 10_000
 MAX_NAME = 200
@@ -127,6 +128,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RecipeError(f"{name} is {value}; it must lie in {low:g} … {high:g}")
+        if (pixels := self.width * self.height * self.batch_size) > MAX_PIXELS:
+            raise RecipeError(
+                f"{self.batch_size} pictures of {self.width}x{self.height} have {pixels} pixels; "
+                f"{MAX_PIXELS} are the most at a time"
+            )
         if not all(0 <= seed <= MAX_SEED for seed in self.seeds or ()):
             raise RecipeError(f"seeds are {self.seeds}; each must lie in 0 … {MAX_SEED:g}")
         for name in ("scheduler", "timestep_spacing", "dtype", "device", "version"):
@@ -191,6 +197,7 @@ _RANGES = (
     ("eta", 0, 1),
     ("guidance_rescale", 0, 1),
     ("strength", 0, 1),
+    ("clip_guidance", 0, MAX_SEED),
     ("mask_blur", 0, MAX_SIDE),
     ("frames", 2, MAX_FRAMES),
     ("columns", 2, MAX_FRAMES),

@@ -44,6 +44,7 @@ def redraw(command: Redraw) -> None:
     networks = load_networks(checkpoint, command.device, dtype, command.guide_unet, command.clip)
     now = as_of_now(recipe, networks, command)
     _tell(list(differences(recipe, now)), command)
+    _say_device(recipe, now)
     if is_there(output, now, command.overwrite):
         print(f"{output} is there")
         return
@@ -123,6 +124,12 @@ def _tell(changed: list[str], command: Redraw) -> None:
         raise ConfigError(f"{command.picture}: {'; '.join(changed)}: --anyway draws it all the same")
     for line in changed:
         print(f"warning: {line}", file=sys.stderr)
+
+
+def _say_device(then: Recipe, now: Recipe) -> None:
+    """Nobody's mistake, so that nothing is refused."""
+    if then.device != now.device:
+        print(f"drawn on {then.device!r}, and here on {now.device}: shades may differ a little", file=sys.stderr)
 
 
 def comparison(image: Image.Image, picture: Path) -> str:

@@ -88,8 +88,7 @@ def test_each_command_teaches_by_an_example(name, capsys):
         assert stopped.value.code == 0
         shown = capsys.readouterr().out
         examples = [line for line in shown.splitlines() if line.startswith(f"latentdiff {name} ")]
-    if name != "serve":
-        assert examples
+    assert examples or name == "serve"
     for example in examples:
         if name != "check":  # whose example names a folder of the reader's
             assert type(cli.parse(shlex.split(example)[1:])) is cli.NAMES[name]
@@ -118,6 +117,8 @@ def test_the_overview_lists_every_command_and_how_to_complete(capsys):
             "--scheduler: 'pndm' is not one of ddim, ddpm, dpm++, euler, unipc",
         ),
         (["generate", "x", "--prompts", "a", "--eta", "2"], "--eta is 2.0; it must lie in 0 … 1"),
+        (["generate", "x", "--prompts", "a", "--guidance-scale", "nan"], "--guidance-scale is nan; it must lie in"),
+        (["generate", "x", "--prompts", "a", "--clip-guidance", "-9", "--clip", "c"], "--clip-guidance is -9.0"),
         (["generate", "x", "--prompts", "a", "--guidance-interval", "3", "1"], "--guidance-interval is 3 1; it must"),
         (["generate", "x", "--prompts", "a", "--seed", "1", "--seeds", "2"], "--seed and --seeds"),
         (["generate", "x", "--prompts", "a", "--seeds", "2", "-3"], "--seeds has -3"),
@@ -136,7 +137,7 @@ def test_the_overview_lists_every_command_and_how_to_complete(capsys):
         (["interpolate", "x", "--prompts", "a"], "--prompts has one, and no --seeds"),
         (["interpolate", "x", "--prompts", "a", "b", "--seeds", "1", "2", "3"], "--prompts has 2; it must be one, or"),
         (["interpolate", "x", "--prompts", "a", "b", "--num-frames", "1"], "--num-frames is 1; it must lie in 2"),
-        (["check", "--prediction_type", "noise"], "--prediction-type: 'noise' is not one of"),
+        (["check", "--prediction_type", "noise"], "--prediction_type: 'noise' is not one of epsilon"),
         (["check", "--resolution", "large"], "--resolution: 'large' is not"),
         (["check", "--nothing"], "no option or argument --nothing"),
     ],

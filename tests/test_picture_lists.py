@@ -154,8 +154,9 @@ def test_every_scheduler_draws(name, tiny_pipeline_folder, tmp_path):
     assert pixels(tmp_path / "000-a-cat.png").std() > 0
 
 
-def test_a_guiding_unet_and_a_guiding_clip(tiny_pipeline_folder, tmp_path):
-    """They would be loaded and have no effect, or not be named in the recipe."""
+@pytest.fixture
+def guides(tmp_path) -> tuple[Path, Path]:
+    """The folders of a CLIP and of a worse UNet."""
     from test_clip_guidance import SIZE, tiny_clip
     from transformers import CLIPImageProcessor
 
@@ -166,16 +167,22 @@ def test_a_guiding_unet_and_a_guiding_clip(tiny_pipeline_folder, tmp_path):
     tiny_tokenizer().save_pretrained(clip)
     CLIPImageProcessor(size={"shortest_edge": SIZE}).save_pretrained(clip)
     tiny_components(seed=1)["unet"].save_pretrained(unet)
+    return clip, unet
+
+
+def test_a_guiding_unet_and_a_guiding_clip(tiny_pipeline_folder, tmp_path, guides):
+    """They would be loaded and have no effect, or not be named in the recipe."""
+    clip, unet = guides
     plain = ["--prompts", "a cat"]
     by_clip, by_unet = ["--clip", clip, "--clip-guidance", 300], ["--guide-unet", unet]
     for name, flags in (("plain", []), ("clip", by_clip), ("unet", by_unet), ("zero", by_clip[:-1] + [0])):
-        generate(tiny_pipeline_folder, tmp_path / name, *plain, *flags)
-    drawn = {name: pixels(tmp_path / name / "000-a-cat.png") for name in ("plain", "clip", "unet", "zero")}
+        generate(tiny_pipeline_folder, tmp_path / "out" / name, *plain, *flags)
+    drawn = {name: pixels(tmp_path / "out" / name / "000-a-cat.png") for name in ("plain", "clip", "unet", "zero")}
     assert (drawn["zero"] == drawn["plain"]).all()
     assert (drawn["clip"] != drawn["plain"]).any() and (drawn["unet"] != drawn["plain"]).any()
-    recipe = read_recipe(tmp_path / "clip" / "000-a-cat.png")
+    recipe = read_recipe(tmp_path / "out" / "clip" / "000-a-cat.png")
     assert recipe.clip.name == "clip" and recipe.clip.sha256 == folder_sha256(clip) and recipe.clip_guidance == 300
-    assert read_recipe(tmp_path / "unet" / "000-a-cat.png").guide_unet.sha256 == folder_sha256(unet)
+    assert read_recipe(tmp_path / "out" / "unet" / "000-a-cat.png").guide_unet.sha256 == folder_sha256(unet)
 
 
 def test_what_networks_cannot_do_is_one_line(tiny_pipeline_folder, tmp_path, capsys):

@@ -112,6 +112,7 @@ def png_with(**chunks) -> PngImagePlugin.PngInfo:
         (changed(seed=-1), "seed is -1; it must lie in 0"),
         (changed(num_inference_steps=10**9), "num_inference_steps is 1000000000; it must lie in 1 … 10000"),
         (changed(width=10**6), "width is 1000000"),
+        (changed(width=8192, height=8192, batch_size=8), "8 pictures of 8192x8192 have"),
         (changed(guidance_scale=math.nan), "not JSON"),
         (changed(guidance_scale=10**400), "guidance_scale is not what it must be"),
         (changed(guidance_interval=[1]), "guidance_interval is not what it must be"),

@@ -1,5 +1,7 @@
 """`latentdiff redraw`: the same picture again, and a word about whatever is not as it was."""
 
+# ruff: noqa: F401, F811 - the fixtures of another file
+
 import json
 import shutil
 from dataclasses import replace
@@ -9,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import fails
-from test_picture_lists import STEPS, mask, picture, pixels  # noqa: F401 - fixtures
+from test_picture_lists import STEPS, guides, mask, picture, pixels
 
-from hub_server import USER
 from latentdiff import LatentDiffPipeline, cli, drawing, redrawing, scheduling_ddim
 from latentdiff.recipe import read_recipe, save_png
 
@@ -67,7 +68,7 @@ def test_seeds_make_noise_that_no_batch_changes(tiny_pipeline_folder, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint", "invert"])
-def test_an_edit_needs_its_picture(kind, tiny_pipeline_folder, tmp_path, picture, mask, capsys):  # noqa: F811
+def test_an_edit_needs_its_picture(kind, tiny_pipeline_folder, tmp_path, picture, mask, capsys):
     """Else another picture would be edited without a word."""
     flags = {"img2img": [], "inpaint": ["--mask", mask], "invert": ["--source-prompt", "a dog"]}[kind]
     inputs = ["--image", picture, *(flags if kind == "inpaint" else [])]
@@ -117,39 +118,6 @@ def test_where_a_checkpoint_is_looked_for(tiny_pipeline_folder, tmp_path, monkey
         assert "--checkpoint" in fails(capsys, "redraw", path)
 
 
-def test_a_model_of_the_hub_from_push_to_redraw(hub, tiny_pipeline_folder, tmp_path, capsys):
-    """What is pushed could not be pulled, or its pictures not be drawn again by its name."""
-    folder = tmp_path / "mine"
-    shutil.copytree(tiny_pipeline_folder, folder)
-    (folder / "checkpoint-2").mkdir()
-    (folder / "checkpoint-2" / "state.json").write_text("{}")
-    cli.main(["push", str(folder), f"{USER}/mine"])
-    assert hub.url in capsys.readouterr().out
-    assert not [name for name in hub.files(f"{USER}/mine") if name.startswith("checkpoint-")]
-
-    cli.main(["pull", f"{USER}/mine", "--output-dir", str(tmp_path / "pulled")])
-    own, pulled = (root / "unet" / "diffusion_pytorch_model.safetensors" for root in (folder, tmp_path / "pulled"))
-    assert own.read_bytes() == pulled.read_bytes()
-    assert "holds other things" in fails(capsys, "pull", f"{USER}/mine", "--output-dir", tiny_pipeline_folder)
-
-    cli.main(["generate", f"{USER}/mine", *STEPS, "--prompts", "a cat", "--output-dir", str(tmp_path / "out")])
-    path = tmp_path / "out" / "000-a-cat.png"
-    assert read_recipe(path).checkpoint.name == f"{USER}/mine"
-    assert (pixels(redraw(path)) == pixels(path)).all(), "it has been loaded before, so that its name is enough"
-    local = draw(folder, tmp_path / "local", "--prompts", "a cat")
-    assert read_recipe(local).checkpoint.sha256 == read_recipe(path).checkpoint.sha256
-
-
-def test_a_push_or_pull_that_fails_is_one_line(hub, tiny_pipeline_folder, tmp_path, monkeypatch, capsys):
-    """A token would be shown, or twenty lines of a library."""
-    assert "holds no model_index.json" in fails(capsys, "push", tmp_path, f"{USER}/x")
-    assert "no such model" in fails(capsys, "pull", f"{USER}/nothing", "--output-dir", tmp_path / "a")
-    assert "is no repository name" in fails(capsys, "pull", "a b", "--output-dir", tmp_path / "b")
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    said = fails(capsys, "push", tiny_pipeline_folder, f"{USER}/x")
-    assert "hf_wrong" not in said and "token" in said
-
-
 def test_a_film_and_its_strip(tiny_pipeline_folder, tmp_path, capsys):
     film = tmp_path / "film.gif"
     command = ["interpolate", tiny_pipeline_folder, "--prompts", "a cat", "a dog", *STEPS, "--num-frames", 6]
@@ -169,6 +137,20 @@ def test_a_film_and_its_strip(tiny_pipeline_folder, tmp_path, capsys):
     row.unlink()
     assert f"{film} is there, and no film" in fails(capsys, *command)
     assert "a film is saved as .gif or .mp4" in fails(capsys, *command[:-1], tmp_path / "film.txt")
+
+
+def test_guides_and_devices_are_in_the_recipe(tiny_pipeline_folder, tmp_path, guides, capsys):
+    """What led the picture would be left out when it is drawn again."""
+    clip, unet = guides
+    flags = ["--clip", clip, "--guide-unet", unet]
+    path = draw(tiny_pipeline_folder, tmp_path / "out", "--prompts", "a cat", "--clip-guidance", 300, *flags)
+    recipe, where = read_recipe(path), ["--checkpoint", tiny_pipeline_folder]
+    save_png(Image.open(path), path, replace(recipe, device="cuda"))
+    assert "was made with 'worse': give it with --guide-unet" in fails(capsys, "redraw", path, *where)
+    assert "was made with 'clip': give it with --clip" in fails(capsys, "redraw", path, *where, "--guide-unet", unet)
+    assert "--mask: " in fails(capsys, "redraw", path, *where, *flags, "--mask", path)
+    assert (pixels(redraw(path, *where, *flags)) == pixels(path)).all()
+    assert "drawn on 'cuda', and here on cpu" in capsys.readouterr().err
 
 
 def test_what_is_no_recipe_of_ours(tmp_path, capsys):
