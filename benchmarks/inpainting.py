@@ -77,9 +77,8 @@ def main(settings: Settings) -> None:
     print(f"{'':24}" + "".join(f"{name:>12}" for name in less))
     for name, found in rows.items():
         print(f"{name:24}" + "".join(f"{value:12.4f}" for value in found.values()))
-    output = Path(settings.output)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    show(cases[:SHOWN], drawn).save(output.with_suffix(".png"))
+    Path(f"{settings.output}.json").write_text(json.dumps(result, indent=2) + "\n")
+    show(cases[:SHOWN], drawn).save(f"{settings.output}.png")
 
 
 def make_cases(count: int) -> list[Case]:

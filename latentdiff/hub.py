@@ -104,32 +104,28 @@ def model_card(
 
 
 def _usage(source: str, prompt: str, lora_of: str | None, inpaints: bool) -> str:
-    """The three ways to load the folder, or the two to load LoRA weights, which all draw the same picture; or the two
-    to paint into one, since text to image is what the folder's own `pipeline.py` draws."""
+    """The three ways to load the folder, or the two to load LoRA weights, which all draw the same picture."""
     source, prompt, base = (json.dumps(text, ensure_ascii=False) for text in (source, prompt, lora_of))
-    ours, theirs = ("latentdiff", "LatentDiffPipeline"), ("diffusers", "StableDiffusionPipeline")
-    call = f"pipe({prompt}).images[0]"
+    kind, carried, helper, call = "", source, "", f"pipe({prompt}).images[0]"
     if inpaints:
-        ours = ("latentdiff.pipelines.inpaint", "LatentDiffInpaintPipeline")
-        theirs = ("diffusers", "StableDiffusionInpaintPipeline")
+        kind, carried, helper = "Inpaint", '"inpaint"', "\nfrom diffusers.utils import load_image"
         call = (
             'picture, mask = load_image("picture.png"), load_image("mask.png")  # white is painted\n'
             f"pipe({prompt}, image=picture, mask_image=mask).images[0]"
         )
     ways = [
-        ("With latentdiff", *ours, ""),
-        ("With diffusers alone", *theirs, ""),
+        ("With latentdiff", "latentdiff", f"LatentDiff{kind}Pipeline", ""),
+        ("With diffusers alone", "diffusers", f"StableDiffusion{kind}Pipeline", ""),
         (
             "With diffusers, and the pipeline and schedulers that this folder carries",
             "diffusers",
             "DiffusionPipeline",
-            f", custom_pipeline={source}, trust_remote_code=True",
+            f", custom_pipeline={carried}, trust_remote_code=True",
         ),
     ]
     blocks = []
-    for title, package, pipeline, options in ways[:2] if lora_of or inpaints else ways:
+    for title, package, pipeline, options in ways[:2] if lora_of else ways:
         loaded = base if lora_of else source
-        helper = "\nfrom diffusers.utils import load_image" if inpaints else ""
         load = f"from {package} import {pipeline}{helper}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
         load += f"\npipe.load_lora_weights({source})" if lora_of else ""
         blocks.append(f"{title}:\n\n" + _code("python", f"{load}\n{call}"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -33,6 +33,7 @@ from .models import (
     widen_input,
     with_trained_text_encoder,
 )
+from .pipelines.inpaint import LatentDiffInpaintPipeline
 from .scheduling_ddpm import DDPMScheduler
 from .sharding import ShardingAccelerator, is_sharded, parts_put_back, sharding_plugin
 from .training_data import Data
@@ -356,7 +357,7 @@ class Validation:
         }
         with self._accelerator.autocast():
             if self._config.task == "inpaint":
-                pipeline = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+                pipeline = LatentDiffInpaintPipeline(**pipeline.components)
                 grid = inpainted_pictures(pipeline, self._masked_examples, **how)
             else:
                 grid = validation_pictures(pipeline, self._config.validation_prompts, **how)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
 from . import random_streams
@@ -17,6 +17,7 @@ from .latents import inpainting_conditions, masked_pixels, sample_latents, to_im
 from .losses import denoising_loss, training_target
 from .masks import random_masks
 from .models import UNetWithTextEncoder
+from .pipelines.inpaint import LatentDiffInpaintPipeline
 
 TIMESTEPS_PER_PICTURE = 8
 MASKED_EXAMPLES = 6
@@ -163,7 +164,7 @@ def masked_examples(pictures: CaptionedPictures, count: int = MASKED_EXAMPLES) -
 
 
 def inpainted_pictures(
-    pipeline: StableDiffusionInpaintPipeline,
+    pipeline: LatentDiffInpaintPipeline,
     examples: Sequence[MaskedExample],
     *,
     seed: int,

@@ -70,8 +70,14 @@ def test_the_finished_folder_is_one_that_diffusers_inpaints_with(train, settings
     assert fingerprint(before.vae) == fingerprint(after.vae)
     assert fingerprint(before.text_encoder) == fingerprint(after.text_encoder)
     card = (run / "README.md").read_text()
-    assert "- inpainting" in card and "StableDiffusionInpaintPipeline" in card and "mask_image=mask" in card
-    assert "--task inpaint" in card
+    assert "- inpainting" in card and "--task inpaint" in card
+    for way in (
+        "from latentdiff import LatentDiffInpaintPipeline",
+        "from diffusers import StableDiffusionInpaintPipeline",
+        'custom_pipeline="inpaint", trust_remote_code=True',
+    ):
+        assert card.count(way) == 1
+    assert card.count("image=picture, mask_image=mask") == 3
     assert [path.name for path in sorted((run / "validation").iterdir())] == ["step-0000002.png", "step-0000004.png"]
 
 

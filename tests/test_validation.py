@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from conftest import tiny_components
-from latentdiff import DDPMScheduler, LatentDiffPipeline
+from latentdiff import DDPMScheduler, LatentDiffInpaintPipeline, LatentDiffPipeline
 from latentdiff.ema import EMA
 from latentdiff.grid import labelled_grid
 from latentdiff.losses import denoising_loss
@@ -230,9 +229,7 @@ def test_inpainted_pictures_stand_beside_what_they_were():
     with torch.no_grad():
         parts["unet"].conv_in.weight.normal_(generator=torch.Generator().manual_seed(0))
     parts["unet"].train()
-    pipeline = StableDiffusionInpaintPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    pipeline = LatentDiffInpaintPipeline(**parts)
     before, state = fingerprint(parts["unet"]), torch.get_rng_state()
     how = {"num_inference_steps": 2, "guidance_scale": 3.0}
     grid = inpainted_pictures(pipeline, examples(2), seed=5, **how)
