@@ -15,6 +15,8 @@ CALLS = {
     "pipeline": ("LatentDiffPipeline", {}),
     "img2img": ("LatentDiffImg2ImgPipeline", {"image": PICTURE}),
     "inpaint": ("LatentDiffInpaintPipeline", {"image": PICTURE, "mask_image": MASK}),
+    "interpolate": ("LatentDiffInterpolatePipeline", {"seeds": [0, 1], "num_frames": 3}),
+    "invert": ("LatentDiffInversionPipeline", {"image": PICTURE, "source_prompt": "a dog"}),
 }
 
 _CODE = """
@@ -46,8 +48,9 @@ pipe = load(source)
 if then == "save again":  # what a stranger saves is as good as what they got
     pipe.save_pretrained("again")
     pipe = load("again")
-seed = torch.Generator().manual_seed(0)
-torch.save(pipe("a cat", num_inference_steps=4, generator=seed, output_type="pt", **arguments).images, picture)
+if pipeline not in ("interpolate", "invert"):  # which take seeds of their own, or none
+    arguments["generator"] = torch.Generator().manual_seed(0)
+torch.save(pipe("a cat", num_inference_steps=4, output_type="pt", **arguments).images, picture)
 assert not any(name.split(".")[0] == "latentdiff" for name in sys.modules)
 """
 

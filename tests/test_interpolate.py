@@ -7,9 +7,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from conftest import tiny_components
+from hub_server import USER
 from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffInterpolatePipeline, LatentDiffPipeline
 from latentdiff.clip_guidance import ClipGuidance
 from latentdiff.pipelines.interpolate import lerp, path_of, slerp
+from stranger import CALLS, stranger_draws
 
 # Of diffusers' own schedulers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -368,3 +370,15 @@ def test_made_of_other_pipelines_and_saved_as_stable_diffusion(pipe, plain, tmp_
     pipe.save_pretrained(tmp_path)
     assert close(draw(quiet(LatentDiffInterpolatePipeline.from_pretrained(tmp_path))), expected)
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionPipeline
+
+
+def test_a_stranger_draws_the_same(hub, pipe, tmp_path):
+    """Else it loads only where latentdiff is installed, or from a folder and not from the Hub."""
+    _, arguments = CALLS["interpolate"]
+    expected = pipe("a cat", num_inference_steps=4, output_type="pt", **arguments).images
+    pipe.save_pretrained(tmp_path / "saved")
+    drawn = stranger_draws(str(tmp_path / "saved"), "save again", "interpolate")
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    pipe.push_to_hub(f"{USER}/interpolate")
+    drawn = stranger_draws(f"{USER}/interpolate", pipeline="interpolate")
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)

@@ -10,7 +10,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import tiny_components
+from hub_server import USER
 from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffInversionPipeline, LatentDiffPipeline
+from stranger import CALLS, stranger_draws
 
 STEPS = 5
 
@@ -372,3 +374,15 @@ def test_made_of_other_pipelines_and_saved_as_stable_diffusion(pipe, plain, tmp_
     again = quiet(LatentDiffInversionPipeline.from_pretrained(tmp_path))
     torch.testing.assert_close(edit(again, "a dog"), expected, rtol=0, atol=1e-4)
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionPipeline
+
+
+def test_a_stranger_draws_the_same(hub, pipe, tmp_path):
+    """Else it loads only where latentdiff is installed, or from a folder and not from the Hub."""
+    _, arguments = CALLS["invert"]
+    expected = pipe("a cat", num_inference_steps=4, output_type="pt", **arguments).images
+    pipe.save_pretrained(tmp_path / "saved")
+    drawn = stranger_draws(str(tmp_path / "saved"), "save again", "invert")
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    pipe.push_to_hub(f"{USER}/invert")
+    drawn = stranger_draws(f"{USER}/invert", pipeline="invert")
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
