@@ -155,7 +155,7 @@ class Edit(PictureList):
     """
 
     image: Path
-    """The picture to change."""
+    """The picture to change; of another shape than what is drawn, its middle."""
     mask: Path | None = None
     """White where the picture is painted anew, black where it stays."""
     mask_blur: int = 0

@@ -21,7 +21,8 @@ from PIL import Image, PngImagePlugin
 from .config import ConfigError
 
 CHUNK = "latentdiff"
-MAX_RECIPE = 64 * 1024  # characters of JSON that are looked at
+MAX_RECIPE = 2**19  # characters of JSON that are looked at
+MAX_TEXT = 2**15  # of all prompts together, of which JSON makes twelve times as many at the worst
 # What a recipe may ask for, so that a file from somewhere cannot keep a machine busy for days.
 MAX_SIDE = 8192
 MAX_STEPS = 10_000
@@ -81,7 +82,7 @@ class Recipe:
     num_inference_steps: int
     scheduler: str
     """Name of its class; its settings are the checkpoint's but for the next two."""
-    timestep_spacing: str | None = None
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     karras_sigmas: bool = False
     guidance_scale: float
     guidance_rescale: float = 0.0
@@ -128,6 +129,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RecipeError(f"{name} is {value}; it must lie in {low:g} … {high:g}")
+        texts = (self.prompt, self.negative_prompt, self.source_prompt or "", *(self.prompts or ()))
+        if (length := sum(map(len, texts))) > MAX_TEXT:
+            raise RecipeError(f"the prompts have {length} characters; {MAX_TEXT} are the most")
         if (pixels := self.width * self.height * self.batch_size) > MAX_PIXELS:
             raise RecipeError(
                 f"{self.batch_size} pictures of {self.width}x{self.height} have {pixels} pixels; "
@@ -135,8 +139,8 @@ class Recipe:
             )
         if not all(0 <= seed <= MAX_SEED for seed in self.seeds or ()):
             raise RecipeError(f"seeds are {self.seeds}; each must lie in 0 … {MAX_SEED:g}")
-        for name in ("scheduler", "timestep_spacing", "dtype", "device", "version"):
-            value = getattr(self, name) or ""
+        for name in ("scheduler", "dtype", "device", "version"):
+            value = getattr(self, name)
             if not value.isprintable() or len(value) > MAX_NAME:
                 raise RecipeError(f"{name} must be one line of at most {MAX_NAME} characters")
         own = _OF_KIND[self.kind]
@@ -254,7 +258,8 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         return float(value)
     elif kind in (str, int, bool) and type(value) is kind:
         return value
-    raise RecipeError(f"its {name} is not what it must be: {kind.__name__ if isinstance(kind, type) else kind}")
+    what = ", ".join(choices) if origin is Literal else getattr(kind, "__name__", kind)
+    raise RecipeError(f"its {name} is not what it must be: {what}")
 
 
 # ---- files

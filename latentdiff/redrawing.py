@@ -18,37 +18,29 @@ from .loading import DTYPES, HUB_ID, Networks, load_networks
 from .picture_lists import is_there, save
 from .recipe import Ingredient, Recipe, file_ingredient, read_recipe
 
+_DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+
 
 def redraw(command: Redraw) -> None:
     """Draw, save, and say whether it is the same picture."""
     recipe = read_recipe(command.picture)
-    output = command.output or command.picture.with_name(f"{command.picture.stem}-redrawn.png")
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"--output {output}: must end in .png, which carries the recipe")
     command = with_shipped(command, recipe)
-    for name in ("image", "mask", "guide_unet", "clip"):
-        flag, wanted, given = f"--{name.replace('_', '-')}", getattr(recipe, name), getattr(command, name)
-        if wanted is not None and given is None:
-            raise ConfigError(f"{command.picture} was made with {wanted.name!r}: give it with {flag}")
-        if wanted is None and given is not None:
-            raise ConfigError(f"{flag}: {command.picture} was made without one; leave it out")
-    if recipe.dtype not in {_name(dtype) for dtype in DTYPES}:
-        raise ConfigError(f"{command.picture}: its recipe's dtype is {recipe.dtype!r}; it may be {', '.join(DTYPES)}")
+    check_given(command, recipe)
     inputs = {
         name: open_input(getattr(command, name), f"--{name}", recipe.width, recipe.height)
         for name in ("image", "mask")
         if getattr(recipe, name) is not None
     }
-    dtype = next(dtype for dtype in DTYPES if _name(dtype) == recipe.dtype)
     checkpoint = command.checkpoint or find_checkpoint(recipe.checkpoint, command.picture)
+    dtype = _DTYPES[recipe.dtype]
     networks = load_networks(checkpoint, command.device, dtype, command.guide_unet, command.clip)
     now = as_of_now(recipe, networks, command)
     _tell(list(differences(recipe, now)), command)
     _say_device(recipe, now)
+    output = command.output or command.picture.with_name(f"{command.picture.stem}-redrawn.png")
     if is_there(output, now, command.overwrite):
         print(f"{output} is there")
         return
-    now = replace(now, batch_size=command.batch_size or recipe.batch_size)
     if recipe.kind == "interpolate":
         image = strip(draw_frames(networks, now), now.columns)
     else:  # in a batch of copies, as large as the one in which it was drawn
@@ -57,8 +49,18 @@ def redraw(command: Redraw) -> None:
     print(comparison(image, command.picture))
 
 
-def _name(dtype: str) -> str:
-    return str(DTYPES[dtype]).removeprefix("torch.")
+def check_given(command: Redraw, recipe: Recipe) -> None:
+    """Raise a ConfigError unless everything that the recipe needs is given, and nothing else."""
+    if command.output is not None and command.output.suffix.lower() != ".png":
+        raise ConfigError(f"--output {command.output}: must end in .png, which carries the recipe")
+    for name in ("image", "mask", "guide_unet", "clip"):
+        flag, wanted, given = f"--{name.replace('_', '-')}", getattr(recipe, name), getattr(command, name)
+        if wanted is not None and given is None:
+            raise ConfigError(f"{command.picture} was made with {wanted.name!r}: give it with {flag}")
+        if wanted is None and given is not None:
+            raise ConfigError(f"{flag}: {command.picture} was made without one; leave it out")
+    if recipe.dtype not in _DTYPES:
+        raise ConfigError(f"{command.picture}: its recipe's dtype is {recipe.dtype!r}; it may be {', '.join(_DTYPES)}")
 
 
 def with_shipped(command: Redraw, recipe: Recipe) -> Redraw:
@@ -105,6 +107,7 @@ def as_of_now(recipe: Recipe, networks: Networks, command: Redraw) -> Recipe:
         checkpoint=networks.checkpoint,
         device=networks.pipeline.device.type,
         version=__version__,
+        batch_size=command.batch_size or recipe.batch_size,
     )
 
 

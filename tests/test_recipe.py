@@ -71,6 +71,13 @@ def test_every_field_survives():
     assert Recipe.from_json(full.to_json()) == full
 
 
+def test_the_longest_prompt_can_be_read_back(tmp_path):
+    """A picture would be written whose recipe nobody can read."""
+    longest = a_recipe(prompt="\U0001f600" * recipes.MAX_TEXT, negative_prompt="")
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", longest)
+    assert read_recipe(tmp_path / "a.png") == longest
+
+
 def test_the_second_chunk_is_what_other_programs_show(tmp_path):
     """The first line is the prompt, the last one "name: value, …", as AUTOMATIC1111's own reader splits it."""
     save_png(Image.new("RGB", (96, 64)), tmp_path / "a.png", a_recipe(prompt="a cat"))
@@ -97,7 +104,7 @@ def png_with(**chunks) -> PngImagePlugin.PngInfo:
         ("{", "not JSON"),
         ("[" * 60_000, "not JSON"),
         ("9" * 60_000, "not JSON"),
-        ('"' + "a" * 70_000 + '"', "65536 are the most"),
+        ('"' + "a" * 2**19 + '"', "524288 are the most"),
         ("[1]", "not a dictionary"),
         (changed(seed=...), "no 'seed'"),
         (changed(colour="red"), "unknown 'colour'"),
@@ -112,6 +119,7 @@ def png_with(**chunks) -> PngImagePlugin.PngInfo:
         (changed(seed=-1), "seed is -1; it must lie in 0"),
         (changed(num_inference_steps=10**9), "num_inference_steps is 1000000000; it must lie in 1 … 10000"),
         (changed(width=10**6), "width is 1000000"),
+        (changed(prompt="a" * 20_000, negative_prompt="b" * 20_000), "40000 characters; 32768 are the most"),
         (changed(width=8192, height=8192, batch_size=8), "8 pictures of 8192x8192 have"),
         (changed(guidance_scale=math.nan), "not JSON"),
         (changed(guidance_scale=10**400), "guidance_scale is not what it must be"),

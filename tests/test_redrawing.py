@@ -157,3 +157,21 @@ def test_what_is_no_recipe_of_ours(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert "carries no recipe" in fails(capsys, "redraw", tmp_path / "a.png")
     assert "no such file" in fails(capsys, "redraw", tmp_path / "b.png")
+
+
+def test_a_recipe_that_cannot_be_followed_here_is_one_line(tiny_pipeline_folder, tmp_path, capsys):
+    """Whoever made the file would have us look up any name among diffusers' classes, or end in a traceback."""
+    path = draw(tiny_pipeline_folder, tmp_path / "out", "--prompts", "a cat")
+    recipe, where = read_recipe(path), ["--checkpoint", tiny_pipeline_folder]
+    for changes, said in (
+        ({"scheduler": "DiffusionPipeline"}, "scheduler 'DiffusionPipeline' is not known here"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it may be float32, float16, bfloat16"),
+        ({"timestep_spacing": "anyhow"}, "its timestep_spacing is not what it must be: leading, trailing, linspace"),
+        ({"karras_sigmas": True}, "DDIMScheduler has no use_karras_sigmas"),
+        ({"height": 15}, "both must be positive multiples of 4"),
+        ({"guidance_interval": (3.0, 1.0)}, "guidance_interval=(3.0, 1.0)"),
+    ):
+        save_png(Image.open(path), path, replace(recipe, **changes))
+        assert said in fails(capsys, "redraw", path, *where)
+    save_png(Image.open(path), path, recipe)
+    assert "must end in .png" in fails(capsys, "redraw", path, *where, "--output", tmp_path / "a.jpg")
