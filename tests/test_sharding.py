@@ -218,3 +218,16 @@ def test_it_trains_saves_and_resumes_on_gpus(inputs, tmp_path, mixed_precision):
         [line["loss"] for line in first if "loss" in line], rel=1e-3
     )
     StableDiffusionPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_inpainting_is_sharded_as_one_process_trains_it(inputs, tmp_path):
+    """The widened input would not be shared out, masks differ between processes, or only one of them draw."""
+    changes = {"task": "inpaint", "max_train_steps": 4, "checkpointing_steps": 4, "validation_steps": 4}
+    words = ("--gradient_checkpointing", "--validation_prompts")
+    ours = run(inputs, tmp_path / "sharded", words=words, **changes)
+    theirs = run(inputs, tmp_path / "alone", words=words, **{**ALONE, **changes})
+    for line, other in zip(log(ours), log(theirs), strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+    assert (ours / "validation" / "step-0000004.png").exists()
+    weights = load_file(ours / "unet" / "diffusion_pytorch_model.safetensors")
+    assert weights["conv_in.weight"].shape[1] == 9 and weights["conv_in.weight"][:, 4:].abs().max() > 0
