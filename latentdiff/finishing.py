@@ -25,6 +25,9 @@ from .sharding import whole_network
 
 def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> LatentDiffPipeline:
     """The networks as a pipeline that draws with DDIM on the training schedule."""
+    # What the last call cut and padded to would be saved as the tokenizer's own; each call sets it anew.
+    parts.tokenizer.backend_tokenizer.no_truncation()
+    parts.tokenizer.backend_tokenizer.no_padding()
     # Stable Diffusion's pipeline rewrites a configuration without these two, and would then draw otherwise than ours.
     ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
     return LatentDiffPipeline(

@@ -69,6 +69,9 @@ def test_the_finished_folder_is_one_that_diffusers_inpaints_with(train, settings
     before, after = load_frozen(source), load_frozen(str(run))
     assert fingerprint(before.vae) == fingerprint(after.vae)
     assert fingerprint(before.text_encoder) == fingerprint(after.text_encoder)
+    assert (run / "tokenizer" / "tokenizer.json").read_bytes() == (
+        Path(source) / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
     card = (run / "README.md").read_text()
     assert "- inpainting" in card and "--task inpaint" in card
     for way in (
