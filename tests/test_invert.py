@@ -57,7 +57,7 @@ def latents_of(vae, image: Image.Image) -> torch.Tensor:
 
 def edit(pipe, prompt="a cat", image=None, source_prompt="a cat", **kwargs) -> torch.Tensor:
     """Latents (B, C, h, w), or another output."""
-    defaults = {"num_inference_steps": STEPS, "output_type": "latent", "num_fixed_point_iterations": 6}
+    defaults = {"num_inference_steps": STEPS, "output_type": "latent", "num_fixed_point_iterations": 6, "strength": 0.8}
     image = picture() if image is None else image
     return pipe(prompt, image, source_prompt, **{**defaults, **kwargs}).images
 
