@@ -16,7 +16,7 @@ from .config import ConfigError
 from .drawing import draw_recipes, open_input
 from .grid import labelled_grid
 from .loading import SCHEDULERS, Networks, load_networks
-from .recipe import MAX_SIDE, Recipe, RecipeError, file_ingredient, read_recipe, save_png, write_whole
+from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png, write_whole
 
 PICTURES_FOLDER = "pictures"
 MAX_PROMPTS_FILE = 16 * 2**20  # bytes
@@ -37,20 +37,27 @@ def edit(command: Edit) -> None:
     work = _start(command)
     if command.source_prompt is not None:
         work = [(prompt, 0) for prompt, _ in work]  # nothing is drawn by lot
-    networks = load(command)
-    width, height = picture_size(command, networks)
-    inputs = {"image": open_input(command.image, "--image", width, height)}
-    values: dict[str, Any] = {"kind": "img2img", "strength": 0.8, "image": file_ingredient(command.image)}
+    values: dict[str, Any] = {"kind": "img2img", "strength": 0.8, "image": _ingredient(command.image, "--image")}
     if command.mask is not None:
-        inputs["mask"] = open_input(command.mask, "--mask", width, height)
-        values |= {"kind": "inpaint", "strength": 1.0, "mask": file_ingredient(command.mask)}
+        values |= {"kind": "inpaint", "strength": 1.0, "mask": _ingredient(command.mask, "--mask")}
         values |= {"mask_blur": command.mask_blur, "keep_unmasked": command.keep_unmasked}
     if command.source_prompt is not None:
         values |= {"kind": "invert", "source_prompt": command.source_prompt, "scheduler": SCHEDULERS["ddim"].__name__}
     if command.strength is not None:
         values["strength"] = command.strength
+    networks = load(command)
+    width, height = picture_size(command, networks)
+    paths = {"image": command.image, "mask": command.mask}
+    inputs = {name: open_input(path, f"--{name}", width, height) for name, path in paths.items() if path is not None}
     recipe = picture_recipe(command, networks, width=width, height=height, **values)
     _draw(command, networks, work, recipe, **inputs)
+
+
+def _ingredient(path: Path, flag: str) -> Ingredient:
+    try:
+        return file_ingredient(path)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}") from None
 
 
 def _start(command: PictureList) -> list[tuple[str, int]]:

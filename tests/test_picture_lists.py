@@ -248,6 +248,6 @@ def test_edit_draws_out_of_a_picture(kind, tiny_pipeline_folder, tmp_path, pictu
 
 def test_a_picture_that_cannot_be_read_is_one_line(tiny_pipeline_folder, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    for name, said in (("none.png", "no such file"), ("broken.png", "cannot be read as a picture")):
+    for name, said in (("none.png", "No such file"), ("broken.png", "cannot be read as a picture")):
         command = ["edit", tiny_pipeline_folder, "--prompts", "a", "--image", tmp_path / name]
         assert f"--image {tmp_path / name}" in (error := fails(capsys, *command)) and said in error
