@@ -3,13 +3,20 @@ VENV ?= .venv
 export TOKENIZERS_PARALLELISM = false
 export TRANSFORMERS_VERBOSITY = error
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench browser
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m latentdiff.demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed browser
 	$(VENV)/bin/python -m pytest
+
+# The tests of the page drive a browser. Where there is none, root on Debian gets one; elsewhere these tests skip.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || ! command -v apt-get >/dev/null \
+		|| test "$$(id -u)" -ne 0 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "no chromium could be installed: the tests of the page will be skipped"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

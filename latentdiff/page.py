@@ -16,7 +16,7 @@ from PIL import Image, ImageChops
 from .animation import save_animation, strip
 from .config import ConfigError
 from .images import upright_rgb
-from .recipe import read_recipe, save_png
+from .recipe import Recipe, read_recipe, save_png
 from .studio import (
     MAX_FRAMES,
     MAX_GUIDANCE,
@@ -228,7 +228,7 @@ class Page:
             self.picture: path,
             self.status: html.escape(" ".join(["Drawn.", *event.notes])),
             self.recipe: json.loads(event.recipe.to_json()),
-            self.files: self._files_of(path),
+            self.files: self._files_of(path, event.recipe),
             self.gallery: drawn,
             self.drawn: drawn,
             self.shown: path,
@@ -247,10 +247,13 @@ class Page:
         save_png(strip(drawing.images, recipe.columns), path.with_suffix(".png"), recipe)
         return str(path)
 
-    def _files_of(self, path: str) -> gr.Files:
-        """A film's strip of frames."""
-        strip_path = str(Path(path).with_suffix(".png"))
-        return gr.Files([strip_path], visible=True) if strip_path != path else gr.Files(None, visible=False)
+    def _files_of(self, path: str, recipe: Recipe) -> gr.Files:
+        """What a picture was drawn from, as far as it was made on this page; of a film, its strip of frames."""
+        names = [part.name for part in (recipe.image, recipe.mask) if part is not None]
+        if recipe.kind == "interpolate":
+            names.append(Path(path).with_suffix(".png").name)
+        files = [str(self.folder / name) for name in names if (self.folder / name).is_file()]
+        return gr.Files(files or None, visible=bool(files))
 
     def _begin(self, request: gr.Request) -> list:
         self.stops[request.session_hash] = threading.Event()
@@ -278,8 +281,8 @@ class Page:
 
     def _show(self, chosen: gr.SelectData, drawn: list[str]) -> tuple:
         path, use = drawn[chosen.index], gr.Button(interactive=True)
-        recipe = json.loads(read_recipe(Path(path).with_suffix(".png")).to_json())
-        return path, recipe, self._files_of(path), path, "", use, use
+        recipe = read_recipe(Path(path).with_suffix(".png"))
+        return path, json.loads(recipe.to_json()), self._files_of(path, recipe), path, "", use, use
 
     def _check_upload(self, path: str) -> None:
         with plain_errors():

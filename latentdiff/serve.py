@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
+from PIL import Image
 
 from .config import ConfigError
 
@@ -56,6 +57,9 @@ def serve(options: Serve) -> None:
         ConfigError: Gradio is not installed, a checkpoint cannot be loaded, or the address cannot be listened on.
     """
     require_gradio()
+    from .studio import MAX_PIXELS
+
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Gradio opens some pictures before we do; Pillow then refuses twice as many
     studio = open_studio(options)
     with tempfile.TemporaryDirectory(prefix="latentdiff-") as folder:
         page = launch(studio, options, Path(folder))

@@ -334,13 +334,14 @@ def open_picture(path: str | Path) -> Image.Image:
     Raises:
         ValueError: it is too large, or not a picture.
     """
+    most = f"it may have {MAX_PIXELS / 1e6:.0f} million in all"
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"the picture has {width} x {height} pixels; it may have {MAX_PIXELS / 1e6:.0f} million in all"
-                )
+                raise ValueError(f"the picture has {width} x {height} pixels; {most}")
             return upright_rgb(image)
-    except (OSError, Image.DecompressionBombError, SyntaxError):
+    except Image.DecompressionBombError:
+        raise ValueError(f"the picture has too many pixels; {most}") from None
+    except (OSError, SyntaxError):
         raise ValueError("this file is not a picture that can be read; give a PNG, JPEG or WebP") from None

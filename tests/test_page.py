@@ -24,15 +24,15 @@ if BROWSER is None:
 # Nothing of its own goes out, and it runs as root and without a graphics card.
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 PATIENCE = 60_000  # ms; a machine may be slow, and a test never waits for longer than it must
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The page on the shipped checkpoint; uploads of up to 1 MB."""
-    options = serve.Serve(checkpoint=str(ROOT / "checkpoints" / "emoji64"), max_upload_mb=1, device="cpu")
+    """The page on the shipped checkpoint; uploads of up to 1 MB, one drawing that waits."""
+    options = serve.Serve(checkpoint=str(ROOT / "checkpoints" / "emoji64"), max_upload_mb=1, max_queue=1, device="cpu")
     studio = serve.open_studio(options)
     blocks = serve.launch(studio, options, tmp_path_factory.mktemp("drawn"))
     yield blocks
@@ -152,6 +152,7 @@ def test_draw_edit_and_paint(page):
     change = np.abs(shown(page) - edited).mean(axis=-1)
     assert change[:32].mean() > 2 * change[40:].mean(), "the change is not where it was painted"
     expect(page.locator("#recipe")).to_contain_text("inpaint")
+    expect(page.locator("#files")).to_contain_text("mask-")
 
     page.get_by_role("tab", name="Interpolate").click()
     page.get_by_label("Prompt at the end").fill("a cat")
@@ -213,6 +214,23 @@ def test_a_closed_tab_holds_nobody_up(page, browser, server):
     wait_for_status(page, "Waiting")
     other.close()
     wait_for_drawing(page, 1)
+
+
+def test_the_queue_is_limited(browser, server):
+    """Else any number of drawings could be asked for, and the last of them wait for hours."""
+    first, second, third = pages = [browser.new_page() for _ in range(3)]
+    for opened in pages:
+        opened.goto(server.local_url)
+        ask(opened, "a cat", 1000)
+    press(first, "Draw")
+    wait_for_status(first, r"Step \d+ of 1000")
+    press(second, "Draw")
+    wait_for_status(second, "Waiting")
+    press(third, "Draw")
+    expect(third.get_by_test_id("toast-body")).to_contain_text("This application is currently busy")
+    wait_for_status(third, "Not drawn")
+    for opened in pages:
+        opened.close()
 
 
 def test_a_mistake_is_one_line(page):

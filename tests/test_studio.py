@@ -14,8 +14,12 @@ from PIL import Image
 
 from conftest import tiny_components
 from latentdiff import LatentDiffPipeline, studio
+from latentdiff.animation import strip
+from latentdiff.cli import Redraw
 from latentdiff.loading import SCHEDULERS, load_networks
 from latentdiff.pipelines.inpaint import LatentDiffInpaintPipeline
+from latentdiff.recipe import save_png
+from latentdiff.redrawing import redraw
 from latentdiff.studio import Drawing, Settings, Stopped, Studio, open_picture, predicted_x0
 
 CAT = Settings(prompt="a cat", seed=3, num_inference_steps=20)
@@ -162,6 +166,23 @@ def test_a_recipe_names_what_it_was_drawn_from(tiny, gradient, upper_half):
     assert (recipe.width, recipe.height, recipe.checkpoint) == (16, 16, tiny.networks.checkpoint)
 
 
+@pytest.mark.parametrize("kind", ["text2img", "img2img", "inpaint", "interpolate"])
+def test_redraw_draws_the_same(tiny, tiny_pipeline_folder, kind, gradient, upper_half, tmp_path, capsys):
+    """Else the recipe under a picture would not be what it was drawn by."""
+    files = {"img2img": {"image": gradient}, "inpaint": {"image": gradient, "mask": upper_half}}.get(kind, {})
+    progress = {
+        "text2img": lambda: tiny.text_to_image(CAT, never()),
+        "img2img": lambda: tiny.image_to_image(CAT, never(), gradient, 0.6),
+        "inpaint": lambda: tiny.inpaint(CAT, never(), gradient, upper_half, 0.8),
+        "interpolate": lambda: tiny.interpolate(CAT, never(), "a dog", 5),
+    }[kind]()
+    *_, drawing = progress
+    image = strip(drawing.images, drawing.recipe.columns) if kind == "interpolate" else drawing.images[0]
+    save_png(image, tmp_path / "drawn.png", drawing.recipe)
+    redraw(Redraw(picture=tmp_path / "drawn.png", checkpoint=str(tiny_pipeline_folder), device="cpu", **files))
+    assert "pixel for pixel" in capsys.readouterr().out
+
+
 def test_inpainting_has_a_checkpoint_of_its_own(tiny_pipeline_folder, tmp_path, gradient, upper_half):
     """Else --inpaint-checkpoint would do nothing, or the other tabs would draw with it."""
     components = tiny_components(seed=1)
@@ -281,6 +302,14 @@ def test_a_picture_with_too_many_pixels_is_refused_unread(tmp_path, monkeypatch)
     monkeypatch.setattr(studio, "upright_rgb", lambda image: pytest.fail("it was unpacked"))
     with pytest.raises(ValueError, match="5000 x 4000 pixels; it may have 16 million"):
         open_picture(tmp_path / "big.png")
+
+
+def test_a_bomb_is_named(tmp_path, monkeypatch):
+    """Else Pillow's talk of attacks would answer whoever uploads a very large scan."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match="too many pixels; it may have 16 million"):
+        open_picture(tmp_path / "huge.png")
 
 
 @pytest.mark.parametrize("content", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b""])
