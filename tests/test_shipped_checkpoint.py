@@ -78,3 +78,53 @@ def test_background_has_the_colour_that_was_asked_for(pipeline):
     images = draw(pipeline, [f"a rocket on a {colour} background" for colour in colours], steps=20)
     drawn = [nearest_colour(border_colour(Image.fromarray((image * 255).round().astype("uint8")))) for image in images]
     assert sum(a == b for a, b in zip(drawn, colours, strict=True)) >= 4, drawn
+
+
+# ---- the one that inpaints ------------------------------------------------------------------------------------------
+
+INPAINTING = FOLDER.with_name("emoji64-inpaint")
+has_inpainting = pytest.mark.skipif(not INPAINTING.is_dir(), reason="checkpoints/emoji64-inpaint is not here")
+
+
+@has_inpainting
+def test_the_inpainting_checkpoint_is_a_unet_on_the_same_parts():
+    """The repository would hold VAE and text encoder twice, or a stranger get older code with one of the two."""
+    assert json.loads((INPAINTING / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        for path in (FOLDER / part).iterdir():
+            assert (INPAINTING / part / path.name).read_bytes() == path.read_bytes(), path
+    for path in FOLDER.glob("*.py"):
+        assert (INPAINTING / path.name).read_text() == path.read_text(), f"{path.name}: publish the checkpoint anew"
+    card = (INPAINTING / "README.md").read_text()
+    assert "license: cc-by-sa-4.0" in card and "Twemoji" in card and "OpenMoji" in card and "- inpainting" in card
+
+
+@has_inpainting
+def test_it_sees_what_is_known():
+    """Plain diffusers would paint another picture than ours, or the known half make no difference to the open one."""
+    from diffusers import StableDiffusionInpaintPipeline
+    from PIL import Image
+
+    from latentdiff import LatentDiffInpaintPipeline, emoji
+
+    pictures = emoji.load()
+    rows = pictures.indices()[100:1300:200]
+    images = [pictures.composite(row, "white") for row in rows]
+    captions = [emoji.captions(*pictures.rows[row])[1] for row in rows]
+    left_open = Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, axis=0).astype(np.uint8))
+    all_open = Image.new("L", (64, 64), 255)
+
+    def paint(pipeline, mask, count=6):
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        painted = pipeline(
+            captions[:count], image=images[:count], mask_image=[mask] * count, num_inference_steps=10,
+            guidance_scale=2.0, generator=generators,
+        ).images  # fmt: skip
+        return np.stack([np.asarray(image) for image in painted]) / 255
+
+    ours = _quiet(LatentDiffInpaintPipeline.from_pretrained(INPAINTING))
+    theirs = _quiet(StableDiffusionInpaintPipeline.from_pretrained(INPAINTING))
+    assert np.array_equal(paint(ours, left_open, 2), paint(theirs, left_open, 2))
+    wanted = np.stack([np.asarray(image) for image in images])[:, :, :32] / 255
+    error, error_without = (np.square(paint(ours, mask)[:, :, :32] - wanted).mean() for mask in (left_open, all_open))
+    assert error < 0.7 * error_without
