@@ -5,6 +5,11 @@ Blending takes a text-to-image model and puts the known latents, at the step's n
 noise level. The trained UNet sees mask and masked picture beside the noisy latents. Both get the same emoji on colours
 that neither has seen them on, the same masks, captions, seeds, steps and guidance; the VAE alone, which both paint
 through, is the floor.
+
+What is to be painted over holds a part of another picture, as it does whoever edits one. The trained UNet sees grey
+there. Blending does not stay clear of it: a latent is 4 pixels wide, sees beyond them, and is known where its upper
+left pixel is. Were the original left there, blending would be given pixels of the very answer: "blending, answer left
+in" shows how much that is worth.
 """
 
 import json
@@ -56,9 +61,13 @@ class Case:
 
 def main(settings: Settings) -> None:
     cases = make_cases(settings.count)
+    originals = torch.stack([case.pixels for case in cases])
+    masks = torch.stack([case.mask for case in cases])
+    edited = torch.where(masks.bool(), originals.roll(1, dims=0), originals)
     drawn = {
-        "blending": paint(settings.text_to_image, cases, settings),
-        "trained": paint(settings.inpainting, cases, settings),
+        "blending": paint(settings.text_to_image, cases, edited, settings),
+        "trained": paint(settings.inpainting, cases, edited, settings),
+        "blending, answer left in": paint(settings.text_to_image, cases, originals, settings),
         "VAE alone": reconstruct(settings.text_to_image, cases),
     }
     measured = {way: measures(cases, pixels) for way, pixels in drawn.items()}
@@ -100,8 +109,9 @@ def make_cases(count: int) -> list[Case]:
     return cases
 
 
-def paint(model: str, cases: list[Case], settings: Settings) -> torch.Tensor:
-    """Each case from noise of its own -> (B, 3, H, W) in [-1, 1], as the model draws it, nothing pasted."""
+def paint(model: str, cases: list[Case], given: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Into `given` (B, 3, H, W), each case from noise of its own -> the same in [-1, 1], as it is drawn, nothing
+    pasted."""
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(model)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -110,7 +120,7 @@ def paint(model: str, cases: list[Case], settings: Settings) -> torch.Tensor:
         batch = cases[start : start + BATCH]
         painted += pipeline(
             [case.caption for case in batch],
-            image=torch.stack([case.pixels for case in batch]),
+            image=given[start : start + BATCH],
             mask_image=torch.stack([case.mask for case in batch]),
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
