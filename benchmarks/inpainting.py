@@ -44,7 +44,7 @@ class Settings:
     """Pictures."""
     num_inference_steps: int = 25
     """DDIM steps."""
-    guidance_scale: float = 2.0
+    guidance_scale: float = 4.0
     """Guidance."""
     output: str = "benchmarks/inpainting"
     """Where the numbers (.json) and the pictures (.png) go, as the beginning of a path."""
