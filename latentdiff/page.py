@@ -49,7 +49,7 @@ THEME = gr.themes.Default(
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto !important}
 #picture img, #source img {width: 100%; height: 100%; object-fit: contain}
-#gallery .grid-container {grid-template-columns: repeat(8, 1fr)}
+#gallery .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr))}
 """
 
 
@@ -81,7 +81,7 @@ class Page:
         self.negative_prompt = gr.Textbox(
             label="Negative prompt", placeholder="what to lead away from", lines=1, max_length=MAX_PROMPT
         )
-        with gr.Tabs() as self.tabs:
+        with gr.Tabs(overflow_behavior="wrap") as self.tabs:
             with gr.Tab("Text to image", id="text"):
                 self.draw_text = gr.Button("Draw", variant="primary")
             with gr.Tab("Image to image", id="image"):
@@ -129,7 +129,7 @@ class Page:
             label="Drawn in this session", columns=8, height=120, object_fit="contain", allow_preview=False,
             interactive=False, buttons=[], elem_id="gallery",
         )  # fmt: skip
-        self.recipe = gr.JSON(label="Recipe, which the PNG carries too", elem_id="recipe")
+        self.recipe = gr.JSON(label="Recipe, which the PNG carries too", max_height=270, elem_id="recipe")
         self.files = gr.Files(label="Files that go with it", visible=False, interactive=False, elem_id="files")
 
     def _connect(self) -> None:
