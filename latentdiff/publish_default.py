@@ -19,7 +19,7 @@ from .config import ConfigError, TrainConfig, packaged_checkpoint, read_config
 from .demo import PROMPTS, draw
 from .finishing import training_command
 from .hub import model_card
-from .pipelines.portable_saving import code_files
+from .pipelines.portable_saving import write_code
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json", "inpainting": "inpainting.json"}
@@ -55,8 +55,7 @@ def main(config: PublishConfig) -> None:
         target = output / path.name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
-    for name, source in code_files().items():  # today's, whatever the run was saved with
-        (output / name).write_text(source, encoding="utf-8")
+    write_code(output)  # today's, whatever the run was saved with
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES)
     model_card(

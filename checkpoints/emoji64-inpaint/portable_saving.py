@@ -77,6 +77,12 @@ def code_files() -> dict[str, str]:
     return {name: _naming_all_it_needs(name, sources) for name in sources}
 
 
+def write_code(folder: str | os.PathLike) -> None:
+    """Put `code_files` into a saved folder; what is there of them is replaced."""
+    for name, source in code_files().items():
+        Path(folder, name).write_text(source, encoding="utf-8")
+
+
 def _find(name: str, in_package: str) -> Path | None:
     """Beside this file (in the package's `pipelines`, or a flat folder), or beside the noise schedule."""
     here, package = Path(__file__).parent, Path(inspect.getfile(make_betas)).parent
@@ -128,8 +134,7 @@ class PortableSaving:
         default the folder's name); the arguments after it are for that.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        for name, source in code_files().items():
-            Path(save_directory, name).write_text(source, encoding="utf-8")
+        write_code(save_directory)
         if push_to_hub:
             # Of what diffusers can push, only the index takes all that lies beside it along and replaces no README.md.
             hub = {"private": private, "token": token, "commit_message": commit_message, "create_pr": create_pr}
