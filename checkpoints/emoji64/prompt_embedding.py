@@ -105,7 +105,8 @@ class PromptEmbedding:
             prompt_weights: read "(word:1.3)" as a weight: the hidden state z of each of its tokens becomes
                 z_0 + 1.3 (z - z_0), z_0 being that of the empty text in the same place. Else it is text like any other.
             long_prompts: encode what is longer than the text encoder reads in pieces, cut between words. Their hidden
-                states follow one another, of every text as many as of the longest. Else the rest is cut off and logged.
+                states follow one another, of every text as many as of the longest: a picture then depends a little on
+                the texts beside it. Else the rest is cut off and logged.
 
         Returns:
             `prompt_embeds` and `negative_prompt_embeds`, each (B * num_images_per_prompt, tokens, width), those of one
