@@ -1,4 +1,4 @@
-"""What the README says can be typed: its commands parse, its files exist, its Python runs."""
+"""What the README and docs/ say can be typed: their commands parse, their files exist, the README's Python runs."""
 
 import re
 import shlex
@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README = PAGES[ROOT / "README.md"]
 LINES = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for text in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S)
     for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
 ]
@@ -20,9 +22,17 @@ COMMANDS = [
 ]
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    """A reader would find nothing behind a link, or a picture would be missing."""
+    headings = {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"(?m)^#+ (.*)", PAGES[page])
+    }
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        else:
+            assert (page.parent / target.split("#")[0]).exists(), target
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -41,6 +51,8 @@ def test_commands_are_understood(command, monkeypatch):
         from latentdiff.cli import parse
 
         parse(words[1:])
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file()
     elif "-m" in words:
         assert (ROOT / words[words.index("-m") + 1].replace(".", "/")).with_suffix(".py").is_file()
     else:

@@ -129,3 +129,18 @@ def test_it_sees_what_is_known():
     errors = [np.square(paint(ours, mask) - wanted).mean((0, 1, 3)) for mask in (left_open, all_open)]  # by column
     (open_half, known_half), (drawn_left, drawn_right) = ((error[:32].mean(), error[32:].mean()) for error in errors)
     assert known_half < 0.5 * drawn_right and open_half < drawn_left
+
+
+def test_the_worse_unet_beside_it_guides_it(pipeline):
+    """The folder to guide by would not fit the checkpoint, or name the machine it was trained on."""
+    from diffusers import UNet2DConditionModel
+
+    folder = FOLDER.parent / "emoji64-guide"
+    assert "_name_or_path" not in json.loads((folder / "config.json").read_text())
+    worse = UNet2DConditionModel.from_pretrained(folder)
+    assert worse.num_parameters() < pipeline.unet.num_parameters() / 3
+    options = {"num_inference_steps": 10, "seeds": [3], "output_type": "np"}
+    guided = pipeline("a butterfly", guidance_scale=3.0, guide_unet=worse, **options).images
+    plain = pipeline("a butterfly", guidance_scale=1.0, **options).images
+    # Clean lines and even colours: of each value of a picture, its distance from the middle grey grows.
+    assert np.abs(guided - 0.5).mean() > np.abs(plain - 0.5).mean()
