@@ -172,7 +172,8 @@ def main(settings: Settings) -> None:
             )
     if settings.output:
         versions = {"torch": torch.__version__, "latentdiff": latentdiff.__version__}
-        result = {**asdict(settings), "machine": machine, **versions, "rows": [asdict(row) for row in rows]}
+        asked = {name: value for name, value in asdict(settings).items() if name != "output"}
+        result = {**asked, "machine": machine, **versions, "rows": [asdict(row) for row in rows]}
         Path(settings.output).write_text(json.dumps(result, indent=2) + "\n")
 
 

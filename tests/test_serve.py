@@ -71,7 +71,9 @@ def test_serves_until_ctrl_c(tiny_pipeline_folder):
     """Else the command would not do what its help says, or leave a server behind."""
     pytest.importorskip("gradio", reason="the page needs gradio")
     command = [sys.executable, "-m", "latentdiff.cli", "serve", str(tiny_pipeline_folder), "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What runs in the background of a shell, as these tests may, ignores Ctrl-C and hands that on.
+    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as server:
         try:
             line = server.stdout.readline()
             url = re.match(r"http://127\.0\.0\.1:\d+/", line)
