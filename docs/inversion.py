@@ -6,9 +6,9 @@ In a row: the picture; drawn again from the noise that inversion found, under th
 from dataclasses import dataclass
 
 import tyro
-from PIL import Image
+from editing import real
 
-from latentdiff import LatentDiffInversionPipeline, emoji
+from latentdiff import LatentDiffInversionPipeline
 from latentdiff.config import packaged_checkpoint
 from latentdiff.grid import labelled_grid
 
@@ -36,13 +36,6 @@ class Settings:
     """Steps from noise to picture, of which the last `strength` share is taken, upwards and downwards."""
     strength: float = 0.6
     """How far up the pictures go."""
-
-
-def real(name: str, colour: str) -> Image.Image:
-    """An emoji of the embedded set on a background."""
-    pictures = emoji.load()
-    row = next(i for i, (concept, _) in enumerate(pictures.rows) if concept.names[0] == name)
-    return pictures.composite(row, colour)
 
 
 def main(settings: Settings) -> None:

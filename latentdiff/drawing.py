@@ -87,7 +87,7 @@ def draw_recipes(
         options |= {"mask_image": mask, "mask_blur": recipe.mask_blur, "keep_unmasked": recipe.keep_unmasked}
     if recipe.kind in ("text2img", "inpaint"):
         options |= {"height": recipe.height, "width": recipe.width}
-    pipeline = _pipeline(networks, recipe)
+    pipeline = pipeline_of(networks, recipe)
     if recipe.kind == "invert":
         options |= {"source_prompt": recipe.source_prompt}
         pipeline = _without_chance(pipeline)
@@ -103,7 +103,7 @@ def draw_frames(networks: Networks, recipe: Recipe) -> list[Image.Image]:
         ConfigError: something in the recipe that these networks cannot do.
     """
     with _mistakes_in(recipe, networks):
-        return _pipeline(networks, recipe)(
+        return pipeline_of(networks, recipe)(
             [recipe.prompt, *recipe.prompts],
             [recipe.seed, *recipe.seeds],
             recipe.frames,
@@ -134,10 +134,9 @@ def _without_chance(pipeline: Callable[..., Any]) -> Callable[..., Any]:
     return lambda prompts, generator, **options: pipeline(prompts, **options)
 
 
-def _pipeline(networks: Networks, recipe: Recipe) -> DiffusionPipeline:
+def pipeline_of(networks: Networks, recipe: Recipe) -> DiffusionPipeline:
     """The pipeline for a kind of recipe, on the loaded components and with the recipe's scheduler."""
-    # Not by `from_pipe`, which casts every component once more and warns of it.
-    pipeline = PIPELINES[recipe.kind](**networks.pipeline.components)
+    pipeline = PIPELINES[recipe.kind].from_pipe(networks.pipeline)
     pipeline.scheduler = make_scheduler(networks, recipe)
     if recipe.eta and "eta" not in inspect.signature(pipeline.scheduler.step).parameters:
         raise ConfigError(f"--eta is {recipe.eta:g}; {recipe.scheduler} has none: leave it out, or take ddim")

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ from . import efficientnet_lite, emoji
 from .config import ConfigError
 from .drawing import draw_pictures
 from .latents import to_pixels
+from .recipe import write_whole
 
 FEATURE_BATCH = 32
 FRAME = 2  # pixels of border at 64x64, in proportion at other sizes
@@ -81,11 +81,7 @@ class Measurement:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write all numbers as JSON; a file that is there is replaced whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     def _conditions(self) -> str:
         return (

@@ -49,6 +49,14 @@ class Networks:
     clip: Network | None = None
     """A `ClipGuidance`."""
 
+    def in_recipes(self) -> dict[str, Any]:
+        """What a recipe says of the checkpoint and of where and how it is run."""
+        return {
+            "checkpoint": self.checkpoint,
+            "dtype": str(self.pipeline.dtype).removeprefix("torch."),
+            "device": self.pipeline.device.type,
+        }
+
 
 def load_networks(
     checkpoint: str,

@@ -121,11 +121,8 @@ def picture_recipe(command: Drawing, networks: Networks, **values: Any) -> Recip
         guide_unet=networks.guide_unet and networks.guide_unet.ingredient,
         clip=networks.clip and networks.clip.ingredient,
         clip_guidance=command.clip_guidance,
-        checkpoint=networks.checkpoint,
-        dtype=str(networks.pipeline.dtype).removeprefix("torch."),
-        device=networks.pipeline.device.type,
         version=__version__,
-        **(common | values),
+        **(networks.in_recipes() | common | values),
     )
 
 

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from . import __version__
-from .drawing import PIPELINES
+from .drawing import pipeline_of
 from .images import FORMATS, crop_box, resized, upright_rgb
-from .loading import SCHEDULERS, Networks, make_scheduler
+from .loading import SCHEDULERS, Networks
 from .noise_schedule import predict_x0_and_epsilon
 from .recipe import Recipe, file_ingredient
 
@@ -200,9 +200,8 @@ class Studio:
 
 def picture_size(networks: Networks) -> tuple[int, int]:
     """Width and height of what is drawn, in pixels: what the UNet was trained at."""
-    size, factor = networks.pipeline.unet.config.sample_size, networks.pipeline.vae_scale_factor
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return columns * factor, rows * factor
+    height, width = networks.pipeline._picture_size(None, None)
+    return width, height
 
 
 def fitted(path: Path, networks: Networks) -> Image.Image:
@@ -222,10 +221,8 @@ def make_recipe(networks: Networks, settings: Settings, **of_kind) -> Recipe:
         guidance_scale=float(settings.guidance_scale),
         height=height,
         width=width,
-        checkpoint=networks.checkpoint,
-        dtype=str(networks.pipeline.dtype).removeprefix("torch."),
-        device=networks.pipeline.device.type,
         version=__version__,
+        **networks.in_recipes(),
         **of_kind,
     )
 
@@ -240,8 +237,7 @@ def draw(
     """Follow a recipe, with the pictures it names in `inputs` under the names that the pipeline has for them."""
     if should_stop():
         return Stopped(0, recipe.num_inference_steps)
-    pipeline = PIPELINES[recipe.kind](**networks.pipeline.components)
-    pipeline.scheduler = make_scheduler(networks, recipe)
+    pipeline = pipeline_of(networks, recipe)
     pipeline.set_progress_bar_config(disable=True)
     watch = _Watch(pipeline, math.ceil((recipe.frames or 1) / recipe.batch_size), show, should_stop)
     with warnings_of_pipelines() as notes:

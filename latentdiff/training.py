@@ -357,7 +357,7 @@ class Validation:
         }
         with self._accelerator.autocast():
             if self._config.task == "inpaint":
-                pipeline = LatentDiffInpaintPipeline(**pipeline.components)
+                pipeline = LatentDiffInpaintPipeline.from_pipe(pipeline)
                 grid = inpainted_pictures(pipeline, self._masked_examples, **how)
             else:
                 grid = validation_pictures(pipeline, self._config.validation_prompts, **how)

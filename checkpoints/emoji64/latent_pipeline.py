@@ -254,7 +254,7 @@ class LatentPipeline(
         rows = torch.arange(len(mean)) if rows is None else rows
         if isinstance(generator, list):
             mean, std, rows = mean[rows], std[rows], torch.arange(len(rows))
-        if generator is not None if drawn is None else drawn:
+        if drawn or (drawn is None and generator is not None):
             mean = mean + std * self._normal(tuple(mean.shape), generator, mean.dtype, mean.device)
         return mean[rows] * self.vae.config.scaling_factor
 
