@@ -19,6 +19,7 @@ ALLOWED = {
     "scheduler_conformance": {"noise_schedule", "scheduling_ddpm", "scheduling_ddim"},
     "losses": {"noise_schedule"},
     "guidance": set(),
+    "distances": set(),
     "random_streams": set(),
     "ema": {"sharding"},
     "sharding": {"config", "deepspeed_zero"},
