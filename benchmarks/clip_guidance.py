@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from latentdiff import LatentDiffPipeline, emoji, evaluation
+from latentdiff import LatentDiffPipeline, emoji, feature_networks, retrieval
 from latentdiff.clip_guidance import ClipGuidance
 from latentdiff.latents import to_pixels
 
@@ -33,13 +33,13 @@ def main() -> None:
 
     pipeline = LatentDiffPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
-    settings = evaluation.DrawSettings(
+    settings = retrieval.DrawSettings(
         num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale, batch_size=20
     )
-    pictures, network = emoji.load(), evaluation.efficientnet_lite.load(arguments.device)
-    galleries = evaluation.build_galleries(network, pictures)
-    asked = evaluation.training_queries(pictures)[: arguments.count]
-    captions = [evaluation.plain_caption(*row) for row in asked]
+    pictures, network = emoji.load(), feature_networks.load(device=arguments.device)
+    galleries = retrieval.build_galleries(network, pictures)
+    asked = retrieval.training_queries(pictures)[: arguments.count]
+    captions = [retrieval.plain_caption(*row) for row in asked]
     judge = ClipGuidance.from_pretrained(arguments.clip, scale=1.0).to(arguments.device)
     for scale, through_unet, interval in SETTINGS:
         clip = ClipGuidance(
@@ -47,9 +47,9 @@ def main() -> None:
             image_mean=judge.image_mean, image_std=judge.image_std,
         )  # fmt: skip
         started = time.perf_counter()
-        drawn = evaluation.draw(partial(pipeline, clip_guidance=clip if scale else None), captions, settings)
+        drawn = retrieval.draw(partial(pipeline, clip_guidance=clip if scale else None), captions, settings)
         seconds = (time.perf_counter() - started) / len(drawn)
-        recall = galleries.recall(evaluation.extract_features(network, drawn), asked)
+        recall = galleries.recall(feature_networks.extract_features(network, drawn), asked)
         with torch.no_grad():
             text = judge.embed_text(captions, arguments.device)
             cosine = judge.score(to_pixels(drawn).to(arguments.device), text).mean()

