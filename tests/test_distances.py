@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from latentdiff import distances
-from latentdiff.distances import frechet_distance, kernel_distance, precision_recall
+from latentdiff.distances import frechet_distance, frechet_distance_error, kernel_distance, precision_recall
 
 
 def features(count: int, dimensions: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -46,6 +46,17 @@ def test_features_in_half_precision_are_not_summed_in_it():
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(x.double(), y.double()), rel=1e-12)
 
 
+def test_the_error_of_the_frechet_distance_is_its_spread():
+    """Two samplers would be told apart by chance, or not where they differ; with more and fewer pictures than columns."""
+    for count in (80, 15):
+        real = features(200, 20, 1000, shift=0.3)
+        drawn = [features(count, 20, seed) for seed in range(80)]
+        spread = np.std([frechet_distance(x, real) for x in drawn], ddof=1)
+        errors = np.array([frechet_distance_error(x, real) for x in drawn])
+        assert 0.8 * spread < np.mean(errors**2) ** 0.5 < 1.6 * spread
+    assert frechet_distance_error(features(4, 20), real) > 0
+
+
 def mmd_by_loops(x: torch.Tensor, y: torch.Tensor) -> float:
     def k(a, b):
         return (float(a @ b) / len(a) + 1) ** 3
@@ -77,7 +88,7 @@ def test_the_error_of_the_kernel_distance_is_that_of_leaving_each_out():
 
 def test_kernel_distance_is_zero_on_average_for_one_distribution():
     """A biased estimate would depend on the count of pictures; an error that is too small find differences in noise."""
-    found = [kernel_distance(features(40, 6, 2 * seed), features(25, 6, 2 * seed + 1)) for seed in range(400)]
+    found = [kernel_distance(features(40, 6, 2 * seed), features(25, 6, 2 * seed + 1)) for seed in range(200)]
     values, errors = (np.array(numbers) for numbers in zip(*found, strict=True))
     spread = values.std(ddof=1)
     assert abs(values.mean()) < 4 * spread / len(values) ** 0.5
@@ -85,7 +96,7 @@ def test_kernel_distance_is_zero_on_average_for_one_distribution():
 
 
 def test_the_error_of_a_true_difference_is_its_spread():
-    found = [kernel_distance(features(40, 6, 2 * s), features(25, 6, 2 * s + 1, shift=0.7)) for s in range(400)]
+    found = [kernel_distance(features(40, 6, 2 * s), features(25, 6, 2 * s + 1, shift=0.7)) for s in range(200)]
     values, errors = (np.array(numbers) for numbers in zip(*found, strict=True))
     assert values.mean() > 5 * values.std() / 20
     assert (errors**2).mean() ** 0.5 == pytest.approx(values.std(ddof=1), rel=0.25)
@@ -104,7 +115,7 @@ def test_precision_and_recall_of_closed_cases():
     assert precision_recall(line, line[:5] + 0.25, k=1) == (1, 0.6)  # 0 … 5 lie within 1 of 0.25 … 4.25, 6 of 10
 
 
-@pytest.mark.parametrize("measure", [frechet_distance, kernel_distance, precision_recall])
+@pytest.mark.parametrize("measure", [frechet_distance, frechet_distance_error, kernel_distance, precision_recall])
 def test_what_makes_no_sense_is_refused(measure):
     good = features(10, 4)
     for bad, said in (
