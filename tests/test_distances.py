@@ -47,7 +47,7 @@ def test_features_in_half_precision_are_not_summed_in_it():
 
 
 def test_the_error_of_the_frechet_distance_is_its_spread():
-    """Two samplers would be told apart by chance, or not where they differ; with more and fewer pictures than columns."""
+    """Two samplers would be told apart by chance, or not where they differ; above and below as many as dimensions."""
     for count in (80, 15):
         real = features(200, 20, 1000, shift=0.3)
         drawn = [features(count, 20, seed) for seed in range(80)]
