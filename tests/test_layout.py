@@ -55,6 +55,20 @@ ALLOWED = {
     },
     "drawing": {"config", "images", "loading", "pipelines", "recipe"},
     "animation": {"config", "grid"},
+    "bounds": set(),
+    "likelihood": {
+        "bounds",
+        "cli_errors",
+        "config",
+        "emoji",
+        "latents",
+        "loading",
+        "models",
+        "noise_schedule",
+        "random_streams",
+        "recipe",
+        "scheduling_ddpm",
+    },
     "batches": {"random_streams", "data", "latent_cache", "latents", "masks", "buckets"},
 }
 TRAVELLERS = [
