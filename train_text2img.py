@@ -16,7 +16,8 @@ from latentdiff.checkpoint import (
 from latentdiff.cli_errors import run_training
 from latentdiff.config import TrainConfig
 from latentdiff.divergence import DivergenceWatch
-from latentdiff.ema import EMA
+from latentdiff.ema import check_same_ema, make_ema
+from latentdiff.ema_snapshots import EMASnapshots
 from latentdiff.finishing import finish
 from latentdiff.models import trained_model
 from latentdiff.optimizers import check_same_optimizer, make_optimizer
@@ -40,6 +41,7 @@ def main(config: TrainConfig) -> None:
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     carried = saved_extra(checkpoint) if checkpoint else {}
     check_same_optimizer(config, carried)
+    check_same_ema(config, carried)
     parts, unet, scheduler = load_networks(config)
     model = trained_model(parts, unet)
     optimizer = make_optimizer(config, model)
@@ -51,9 +53,10 @@ def main(config: TrainConfig) -> None:
     learning_rate = learning_rate_at(config, total_steps)
 
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMA(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
+    ema = make_ema(config, accelerator.unwrap_model(model))
     save_weights_as_diffusers_does(accelerator, accelerator.unwrap_model(model), ema)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
+    snapshots = EMASnapshots(config, accelerator, ema, first_step, total_steps)
     log = RunLog(config, accelerator, first_step)
     validation = Validation(config, accelerator, parts, scheduler, data, ema, log)
     progress = Progress(config, accelerator, log, first_step, total_steps, carried.get("losses", []))
@@ -82,14 +85,16 @@ def main(config: TrainConfig) -> None:
             stops = stop.requested(done) and done < total_steps
             saves = done % config.checkpointing_steps == 0 or stops
             validates = done % config.validation_steps == 0 or done == total_steps
-            if saves or validates or done % config.logging_steps == 0:
+            if saves or validates or snapshots.due(done) or done % config.logging_steps == 0:
                 watch.check()
             progress.step(done, learning_rate=learning_rate(step), **watch.measures)
             if validates:
                 validation(accelerator.unwrap_model(model), done)
-            if saves:  # after the validation: a run killed between the two would go on without it
+            if snapshots.due(done):
+                snapshots.write(accelerator.unwrap_model(model), done)
+            if saves:  # after validation and snapshots: a run killed between the two would go on without them
                 extra = {"losses": progress.pending, "skipped_steps": watch.skipped_steps}
-                extra |= {"optimizer": config.optimizer}
+                extra |= {"optimizer": config.optimizer, "ema_sigma_rel": config.ema_sigma_rel}
                 saved = save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit, extra)
                 if pushes and done < total_steps:
                     pushes.start(saved, done)

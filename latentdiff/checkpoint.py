@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from .config import ConfigError, RunStopped
-from .ema import EMA
+from .ema import EMA, PowerEMAs
 from .lora import has_lora, load_lora, save_lora
 from .models import networks_of
 from .sharding import load_whole, whole_network
@@ -125,28 +125,31 @@ def _remove_what_is_aside(output_dir: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def save_weights_as_diffusers_does(accelerator: Accelerator, model: torch.nn.Module, ema: EMA | None) -> None:
+def save_weights_as_diffusers_does(
+    accelerator: Accelerator, model: torch.nn.Module, ema: EMA | PowerEMAs | None
+) -> None:
     """From now on a checkpoint holds `unet/` and `unet_ema/`, and both are read back from there: whole UNets, or LoRA
-    weights where the UNet has adapters. So it is with `text_encoder/` where that is trained, too.
+    weights where the UNet has adapters. So it is with `text_encoder/` where that is trained, too, and with averages of
+    more widths, such as `unet_ema_0.1/`.
 
     Args:
         model: as prepared, without what accelerate wraps around it.
     """
-    networks = networks_of(model)
+    networks, averages = networks_of(model), {} if ema is None else ema.averages
 
     def save(models: list, weights: list, folder: str) -> None:
         _save_weights(accelerator, networks, Path(folder))
-        if ema is not None:
-            with ema.swapped_into(model):
-                _save_weights(accelerator, networks, Path(folder), "_ema")
+        for suffix, average in averages.items():
+            with average.swapped_into(model):
+                _save_weights(accelerator, networks, Path(folder), suffix)
         weights.clear()  # else accelerate writes them a second time
 
     def load(models: list, folder: str) -> None:
         if "text_encoder" not in networks and (Path(folder) / "text_encoder").is_dir():
             raise ConfigError(f"resume_from_checkpoint: {folder} goes on with --train_text_encoder alone")
-        if ema is not None:
-            _load_weights(networks, Path(folder), "_ema")
-            ema.copy_from(model)
+        for suffix, average in averages.items():
+            _load_weights(networks, Path(folder), suffix)
+            average.copy_from(model)
         _load_weights(networks, Path(folder))
         models.clear()
 

@@ -166,6 +166,14 @@ class TrainConfig:
     """Keep an exponential moving average of the weights, and save and validate with it."""
     ema_decay: float = 0.999
     """Its decay per optimizer step."""
+    ema_sigma_rel: tuple[float, ...] = ()
+    """Average with power functions of these relative widths instead, such as 0.05 0.10 (arXiv 2312.02696): their length
+    is a share of the run so far. Pictures and the finished model have the first; from snapshots of all in
+    `ema_snapshots` any other is made afterwards: `latentdiff reconstruct-ema`, `latentdiff sweep-ema`."""
+    ema_snapshot_steps: int | None = None
+    """Optimizer steps between these snapshots, which are of every width, each as large as the model in fp32; by default
+    a twentieth of the run. Of 0.05 and 0.10, 20 snapshots each give widths from 0.03 to 0.25 to some percent of their
+    profile; shorter ones need more."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the UNet's forward pass; weights, losses and averages stay in fp32."""
 
@@ -232,6 +240,8 @@ class TrainConfig:
             raise ConfigError("lora_alpha: has no effect without --lora_rank")
         if self.lora_rank is not None:
             _check_lora(self)
+        if self.ema_sigma_rel or self.ema_snapshot_steps is not None:
+            _check_power_ema(self)
         if self.hub_model_id and not self.push_to_hub:
             raise ConfigError("hub_model_id: has no effect without --push_to_hub")
 
@@ -267,6 +277,24 @@ def _check_optimizer(config: TrainConfig) -> None:
             f"learning_rate: {config.learning_rate} is a factor on the rate that optimizer prodigy estimates; give one "
             "near 1, at least 0.1"
         )
+
+
+def _check_power_ema(config: TrainConfig) -> None:
+    if not config.ema_sigma_rel:
+        raise ConfigError("ema_snapshot_steps: has no effect without --ema_sigma_rel")
+    for sigma_rel in config.ema_sigma_rel:
+        if not 0 < sigma_rel <= 0.2886:  # just below 12^-1/2, the plain mean of all weights: a wider one there is not
+            raise ConfigError(f"ema_sigma_rel: {sigma_rel} must lie above 0 and at most at 0.2886; 0.05 0.10 is usual")
+    if len({f"{sigma_rel:g}" for sigma_rel in config.ema_sigma_rel}) < len(config.ema_sigma_rel):
+        raise ConfigError("ema_sigma_rel: names a width twice, to six digits")
+    if not config.use_ema:
+        raise ConfigError("ema_sigma_rel: has no effect with --no-use_ema")
+    if config.ema_decay != TrainConfig.ema_decay:
+        raise ConfigError(
+            f"ema_decay: {config.ema_decay} has no effect with ema_sigma_rel; leave it at {TrainConfig.ema_decay}"
+        )
+    if config.lora_rank is not None:
+        raise ConfigError("ema_sigma_rel: is for whole networks; the average of adapters (lora_rank) has ema_decay")
 
 
 def _check_lora(config: TrainConfig) -> None:
@@ -314,7 +342,7 @@ def _check_ranges(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is not within 0 and 1")
     for name in ("checkpoints_total_limit", "num_train_epochs", "max_train_samples", "resolution", "lora_rank",
-                 "shuffle_buffer"):  # fmt: skip
+                 "shuffle_buffer", "ema_snapshot_steps"):  # fmt: skip
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
     for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):

@@ -1,10 +1,12 @@
-"""Exponential moving averages of weights, counted in optimizer steps."""
+"""Averages of weights while they are trained, counted in optimizer steps."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from .config import ConfigError, TrainConfig
+from .posthoc_ema import decay_at, gamma_of
 from .sharding import own_part
 
 
@@ -23,12 +25,20 @@ class EMA:
         self.decay = decay
         self.parameters = [p.detach().float().clone() for p in _trained(module)]
 
+    @property
+    def averages(self) -> dict[str, "EMA"]:
+        """What a checkpoint has to hold, by what stands behind a network's name in it."""
+        return {"_ema": self}
+
+    def decay_at(self, step: int) -> float:
+        """What optimizer step number `step` leaves of the average before it, in [0, 1)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
     def update(self, module: torch.nn.Module, step: int) -> None:
         """Take in the weights after optimizer step number `step`, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
         current = [p.detach().float() for p in _trained(module)]
-        torch._foreach_lerp_(self.parameters, current, 1 - decay)
+        torch._foreach_lerp_(self.parameters, current, 1 - self.decay_at(step))
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
@@ -50,6 +60,81 @@ class EMA:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(_trained(module), kept)
+
+
+class PowerEMA(EMA):
+    """A power-function average (arXiv 2312.02696, equation 8), whose length grows with the run.
+
+    It holds nothing of the initial weights. In float32 its distance to the same sum in float64 stays near the rounding
+    of the weights themselves.
+
+    Args:
+        sigma_rel: its relative width, see `posthoc_ema`.
+
+    Raises:
+        ValueError: there is no such width.
+    """
+
+    def __init__(self, module: torch.nn.Module, sigma_rel: float):
+        super().__init__(module, decay=0.0)
+        self.sigma_rel, self._gamma = sigma_rel, gamma_of(sigma_rel)
+
+    def decay_at(self, step: int) -> float:
+        return decay_at(step, self._gamma)
+
+
+class PowerEMAs:
+    """Power-function averages of one or more widths. What draws, and the finished model, has the first.
+
+    Args:
+        widths: their sigma_rel.
+    """
+
+    def __init__(self, module: torch.nn.Module, widths: Sequence[float]):
+        self.widths = [PowerEMA(module, sigma_rel) for sigma_rel in widths]
+
+    @property
+    def averages(self) -> dict[str, EMA]:
+        """As of `EMA`: the first is where the only one would be, the others have their width in the name."""
+        return {f"_ema_{ema.sigma_rel:g}" if number else "_ema": ema for number, ema in enumerate(self.widths)}
+
+    def update(self, module: torch.nn.Module, step: int) -> None:
+        """As of `EMA`."""
+        for ema in self.widths:
+            ema.update(module, step)
+
+    def copy_to(self, module: torch.nn.Module) -> None:
+        """As of `EMA`."""
+        self.widths[0].copy_to(module)
+
+    def swapped_into(self, module: torch.nn.Module) -> AbstractContextManager[None]:
+        """As of `EMA`."""
+        return self.widths[0].swapped_into(module)
+
+
+def make_ema(config: TrainConfig, module: torch.nn.Module) -> EMA | PowerEMAs | None:
+    """The averages that the settings ask for; None where they ask for none."""
+    if not config.use_ema:
+        return None
+    return PowerEMAs(module, config.ema_sigma_rel) if config.ema_sigma_rel else EMA(module, config.ema_decay)
+
+
+def check_same_ema(config: TrainConfig, carried: dict) -> None:
+    """Whether a checkpoint holds the averages that the settings ask for, by the values kept beside it.
+
+    Raises:
+        ConfigError: it holds those of other widths.
+    """
+    earlier = tuple(carried.get("ema_sigma_rel", ()))
+    if carried and earlier != config.ema_sigma_rel:
+        raise ConfigError(
+            f"ema_sigma_rel: {_said(config.ema_sigma_rel)} cannot go on from a checkpoint with {_said(earlier)}; take "
+            "the same, in the same order"
+        )
+
+
+def _said(widths: Sequence[float]) -> str:
+    return " ".join(f"{width:g}" for width in widths) or "none"
 
 
 def _trained(module: torch.nn.Module) -> list[torch.Tensor]:

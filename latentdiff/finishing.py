@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 
 from . import emoji
 from .config import PRESETS, TrainConfig, packaged_checkpoint
-from .ema import EMA
+from .ema import EMA, PowerEMAs
 from .hub import model_card, push_folder
 from .lora import has_lora, save_lora
 from .models import FrozenParts, UNetWithTextEncoder, networks_of
 from .pipelines.text2img import LatentDiffPipeline
+from .posthoc_ema import SNAPSHOTS
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
 from .sharding import whole_network
@@ -43,7 +44,16 @@ def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMS
 
 
 # What a run leaves in its folder beside the model, and what names files of the machine it ran on.
-NOT_PUSHED = ("checkpoint-*/*", ".tmp-*", "logs/*", "*pictures.jsonl*", "rejected.jsonl", "train_config.yaml")
+NOT_PUSHED = (
+    "checkpoint-*/*",
+    ".tmp-*",
+    "logs/*",
+    "*pictures.jsonl*",
+    "rejected.jsonl",
+    "train_config.yaml",
+    f"{SNAPSHOTS}/*",
+    "*-ema-*/*",  # of `latentdiff reconstruct-ema`
+)
 
 
 def finish(
@@ -51,7 +61,7 @@ def finish(
     accelerator: Accelerator,
     parts: FrozenParts,
     model: UNet2DConditionModel | UNetWithTextEncoder,
-    ema: EMA | None,
+    ema: EMA | PowerEMAs | None,
     scheduler: DDPMScheduler,
 ) -> None:
     """Save the finished model with its model card in the output folder, and push it where that is wanted."""

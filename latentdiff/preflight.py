@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from .config import TrainConfig
 from .data import CaptionedPictures
+from .ema_snapshots import snapshot_steps
 from .latents import encode_moments, to_pixels
 from .models import FrozenParts, hide_loading_bars, trained_model
 from .optimizers import make_optimizer, state_bytes
@@ -132,17 +133,20 @@ def _short(text: str) -> str:
 
 
 def _disk(config: TrainConfig, model: torch.nn.Module) -> Finding:
-    """A checkpoint holds the trained weights, their average, both in fp32, and the optimizer's state."""
+    """A checkpoint holds the trained weights, their averages, all in fp32, and the optimizer's state. EMA snapshots are
+    of the averages alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    each = 4 * sum(p.numel() for p in trained) * (2 if config.use_ema else 1) + state_bytes(config.optimizer, trained)
+    weights, averages = 4 * sum(p.numel() for p in trained), len(config.ema_sigma_rel) or int(config.use_ema)
+    each = weights * (1 + averages) + state_bytes(config.optimizer, trained)
     # One more than are kept: the new one is whole before an old one goes.
     kept = config.checkpoints_total_limit or max(1, config.max_train_steps // config.checkpointing_steps)
     needed, free = each * (kept + 1), shutil.disk_usage(config.output_dir).free
-    return Finding(
-        f"disk: checkpoints of {_bytes(each)}, at most {_bytes(needed)} at a time; {_bytes(free)} free in "
-        f"{config.output_dir}",
-        is_warning=needed > free,
-    )
+    text = f"checkpoints of {_bytes(each)}, at most {_bytes(needed)} at a time"
+    if config.ema_sigma_rel:
+        every = config.ema_snapshot_steps or snapshot_steps(config.max_train_steps)
+        snapshots = -(-config.max_train_steps // every) * len(config.ema_sigma_rel) * weights
+        needed, text = needed + snapshots, f"{text}; EMA snapshots of {_bytes(snapshots)} in all"
+    return Finding(f"disk: {text}; {_bytes(free)} free in {config.output_dir}", is_warning=needed > free)
 
 
 @torch.no_grad()

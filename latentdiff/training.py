@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .batches import Batch, Batches
 from .config import ConfigError, TrainConfig
 from .deepspeed_zero import is_zero, zero_plugin
-from .ema import EMA
+from .ema import EMA, PowerEMAs
 from .finishing import as_pipeline
 from .latents import downsampling_factor
 from .lora import add_lora
@@ -318,7 +318,7 @@ class Validation:
         parts: FrozenParts,
         scheduler: DDPMScheduler,
         data: Data,
-        ema: EMA | None,
+        ema: EMA | PowerEMAs | None,
         log: RunLog,
     ):
         self._config, self._accelerator, self._parts = config, accelerator, parts
