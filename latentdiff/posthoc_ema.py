@@ -12,6 +12,7 @@ All here is computed in float64; steps are optimizer steps, counted from 1.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -171,6 +173,31 @@ def _said_by(path: Path) -> dict:
             return json.loads((file.metadata() or {})[_METADATA])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no EMA snapshot, or a damaged one ({type(error).__name__})") from None
+
+
+def snapshots_folder(source: str | os.PathLike, **hub) -> Path:
+    """Where the EMA snapshots of a folder or of a model on the Hub are, which may be none; the latter's are fetched.
+
+    Args:
+        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+    """
+    if not os.path.isdir(source):
+        source = snapshot_download(str(source), allow_patterns=f"{SNAPSHOTS}/*", **hub)
+    return Path(source, SNAPSHOTS)
+
+
+def copy_snapshots(source: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Put the EMA snapshots of a folder or of a model on the Hub into another folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = list_snapshots(snapshots_folder(source))
+    target = Path(folder, SNAPSHOTS)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (snapshot.path for snapshot in found):
+        if path.resolve().parent != target.resolve():
+            shutil.copyfile(path, target / path.name)
 
 
 # ---- reconstruction --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Plain diffusers finds its own class names in the index; somebody who wants this 
 diffusers names one of the files beside the weights as `custom_pipeline=`.
 """
 
+import functools
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
 
 from latentdiff.noise_schedule import make_betas
+from latentdiff.posthoc_ema import copy_snapshots
 from latentdiff.scheduling_ddim import DDIMScheduler
 from latentdiff.scheduling_ddpm import DDPMScheduler
 
@@ -41,6 +43,7 @@ SHARED = (
     "guidance.py",
     "clip_guidance.py",
     "noise_schedule.py",
+    "posthoc_ema.py",
     "scheduling_ddim.py",
     "scheduling_ddpm.py",
 )
@@ -64,8 +67,9 @@ def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler_class.from_config(scheduler.config, **changes)
 
 
+@functools.cache
 def code_files() -> dict[str, str]:
-    """The code that travels with the weights, by its file's name in that flat folder.
+    """The code that travels with the weights, by its file's name in that flat folder, as it was at the first call.
 
     Of somebody who loaded it from there, only the files that their pipeline is made of.
     """
@@ -125,16 +129,26 @@ class PortableSaving:
         token: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
+        ema_snapshots: bool = False,
     ) -> None:
         """Save a Stable Diffusion folder that also carries these pipelines and their schedulers as code.
 
         Stable Diffusion's own pipelines and this project's load it; diffusers alone loads this project's from it, given
         `custom_pipeline=` (the same folder for text to image, else a file's name such as "img2img") and
         `trust_remote_code=True`. With `push_to_hub` the whole folder, with the README.md in it, goes to `repo_id` (by
-        default the folder's name); the arguments after it are for that.
+        default the folder's name); the next four arguments are for that.
+
+        Args:
+            ema_snapshots: take along the snapshots that lie where this was loaded from, each as large as a network in
+                fp32, so that `ema_sigma_rel` can be chosen where the copy is loaded.
+
+        Raises:
+            ValueError: there are no snapshots to take along.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         write_code(save_directory)
+        if ema_snapshots:
+            copy_snapshots(self.name_or_path, save_directory)
         if push_to_hub:
             # Of what diffusers can push, only the index takes all that lies beside it along and replaces no README.md.
             hub = {"private": private, "token": token, "commit_message": commit_message, "create_pr": create_pr}
@@ -152,3 +166,6 @@ class PortableSaving:
         if name in {scheduler.__name__ for scheduler in _OUR_SCHEDULERS}:
             index["scheduler"] = ["diffusers", name]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+code_files()  # now: what a long run saves at its end is the code that it ran, whatever has become of the files since

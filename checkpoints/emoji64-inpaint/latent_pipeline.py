@@ -4,6 +4,7 @@ A pipeline is a file of its own with one class, `class X(LatentPipeline, Diffusi
 what order these are used. This class is no DiffusionPipeline itself, since diffusers looks for the only one in a file.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -26,10 +27,13 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from .guided_sampling import GuidedSampling
 from .portable_saving import PortableSaving, adopt_scheduler
 from .prompt_embedding import PromptEmbedding
+from .posthoc_ema import reconstructions, snapshots_folder
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ROUGH_PROFILE = 0.1  # an average chosen after training is warned of where more than this of its profile is missed
+_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class LatentPipeline(
@@ -95,6 +99,66 @@ class LatentPipeline(
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        ema_sigma_rel: float | None = None,
+        ema_step: int | None = None,
+        **kwargs,
+    ) -> "LatentPipeline":
+        """A saved pipeline as diffusers loads it, with the average of another length if that is wanted.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a model on the Hub.
+            ema_sigma_rel, ema_step: as `load_ema` takes them; without, the weights are those that were saved.
+            kwargs: all that `DiffusionPipeline.from_pretrained` takes, such as `dtype` and `revision`.
+
+        Raises:
+            ValueError: as `load_ema`, or a network is passed in whose place the average would take.
+        """
+        if ema_sigma_rel is None and ema_step is not None:
+            raise ValueError("ema_step: has no effect without ema_sigma_rel")
+        if ema_sigma_rel is not None and (passed := {"unet", "text_encoder"} & kwargs.keys()):
+            raise ValueError(f"{passed.pop()} and ema_sigma_rel: give one of them")
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if ema_sigma_rel is not None:
+            hub = {name: value for name, value in kwargs.items() if name in _OF_THE_HUB}
+            pipeline.load_ema(ema_sigma_rel, ema_step, source=pretrained_model_name_or_path, **hub)
+        return pipeline
+
+    def load_ema(
+        self, sigma_rel: float, step: int | None = None, *, source: str | os.PathLike | None = None, **hub
+    ) -> None:
+        """Give the networks that a run trained their average of another length (arXiv 2312.02696), in place.
+
+        It is made of the snapshots that a run with `--ema_sigma_rel` keeps; from the Hub they are fetched once. The
+        networks keep their device and dtype.
+
+        Args:
+            sigma_rel: relative width of the average, its standard deviation as a share of the training so far: above 0
+                and at most at 0.2887.
+            step: the optimizer step at which it ends; by default the run's last.
+            source: folder or model on the Hub with the snapshots; by default what this was loaded from.
+            hub: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+        Raises:
+            ValueError: there are no snapshots, they are damaged or of other networks, or such a width or step is not to
+                be had of them.
+        """
+        source = self.name_or_path if source is None else source
+        for name, average in reconstructions(snapshots_folder(source, **hub), sigma_rel, step).items():
+            if average.profile_error > ROUGH_PROFILE:
+                logger.warning(
+                    f"ema_sigma_rel={sigma_rel}: the snapshots reach this width but roughly, "
+                    f"{average.profile_error:.0%} of its profile is missed"
+                )
+            try:
+                getattr(self, name).load_state_dict(average.tensors())
+            except RuntimeError:  # names and shapes of hundreds of tensors
+                raise ValueError(f"{source}: its EMA snapshots are of another {name} than it holds") from None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "LatentPipeline":

@@ -133,6 +133,7 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
 # diffusers brings along only what this very file imports.
 from .noise_schedule import __name__ as _  # noqa: E402, F401
 from .portable_saving import __name__ as _  # noqa: E402, F401
+from .posthoc_ema import __name__ as _  # noqa: E402, F401
 from .prompt_embedding import __name__ as _  # noqa: E402, F401
 from .scheduling_ddim import __name__ as _  # noqa: E402, F401
 from .scheduling_ddpm import __name__ as _  # noqa: E402, F401
