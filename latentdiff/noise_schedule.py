@@ -103,15 +103,30 @@ def snr(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
 
 
 def noise_level(alphas_cumprod: torch.Tensor, timestep: float) -> float:
+    """sigma(t) of one timestep as a number; see `noise_levels`."""
+    return noise_levels(alphas_cumprod.cpu(), torch.tensor([float(timestep)])).item()
+
+
+def noise_levels(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """sigma(t) = sqrt((1 - abar_t) / abar_t): the noise in x_t, in units of the picture; infinite where abar_t is 0.
 
     Between whole timesteps, at which some schedulers stand, it is interpolated linearly.
+
+    Args:
+        alphas_cumprod: (T,), on the device of `timesteps`.
+        timesteps: of any shape, whole or not, from 0 to T - 1.
+
+    Returns:
+        float32 in the shape of `timesteps`.
     """
-    below = min(int(timestep), len(alphas_cumprod) - 1)
-    above = min(below + 1, len(alphas_cumprod) - 1)
-    share = timestep - below
-    sigmas = [float(((1 - abar) / abar) ** 0.5) for abar in alphas_cumprod[[below, above]]]
-    return sigmas[0] if share == 0 else (1 - share) * sigmas[0] + share * sigmas[1]
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+    below = timesteps.long().clamp(max=len(sigmas) - 1)
+    if not timesteps.is_floating_point():
+        return sigmas[below]
+    above = (below + 1).clamp(max=len(sigmas) - 1)
+    share = timesteps - below
+    between = (1 - share) * sigmas[below] + share * sigmas[above]
+    return torch.where(share == 0, sigmas[below], between)  # 0 times infinity would be no number
 
 
 def signal_and_noise_levels(
