@@ -308,6 +308,42 @@ class Pull:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(Drawing):
+    """Measure what a checkpoint draws against real pictures: distances, retrieval, losses, and what each rests on.
+
+    latentdiff evaluate checkpoints/emoji64 --guidance-scale 4 --num-inference-steps 20 --output-dir evaluated
+
+    Pictures that are there are not drawn again, so what was interrupted goes on when the same command is given again.
+    `accelerate launch -m latentdiff.cli evaluate …` shares the work among processes.
+    """
+
+    output_dir: Path
+    """Folder for the pictures with their recipes, evaluation.json, a table and a plot."""
+    count: int = 500
+    """Captions to draw, one picture each. Numbers of different counts cannot be compared."""
+    data: Path | None = None
+    """Folder of one's own pictures with captions, which training has not seen; by default the embedded emoji."""
+    network: str = "efficientnet-lite0"
+    """What looks at the pictures: efficientnet-lite0, inception-v3, or the folder or Hub id of a DINOv2."""
+    clip_score: Path | None = None
+    """Folder of a CLIP that says how well pictures and captions match."""
+    likelihood: bool = False
+    """Bound the likelihood of the held-out pictures, too."""
+    fill_card: bool = False
+    """Put the numbers and the plot into the model card in the checkpoint's folder."""
+    batch_size: int = 32
+    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_1(self, "count")
+        if self.data is not None and not self.data.is_dir():
+            raise ConfigError(f"--data {self.data}: no such folder")
+        if self.fill_card and not (Path(self.checkpoint) / "README.md").is_file():
+            raise ConfigError(f"--fill-card: {self.checkpoint} has no README.md, the card to fill")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Retrieval(Command):
     """Measure whether drawn emoji are found again among the real ones: R@1, R@10, their ceiling and floor.
 
@@ -369,6 +405,7 @@ COMMANDS = {
     Serve: "serve",
     Push: "sharing",
     Pull: "sharing",
+    Evaluate: "evaluation",
     Retrieval: "measuring",
     Backgrounds: "measuring",
     Check: "measuring",

@@ -6,7 +6,8 @@ which most published FIDs rest on, and DINOv2 (Oquab et al. 2023, arXiv 2304.071
 eyes (Stein et al. 2023, arXiv 2306.04675), are there where their weights are.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -136,15 +137,19 @@ def _first_line(error: Exception) -> str:
 
 
 def extract_features(
-    network: FeatureNetwork, images: Sequence[Image.Image], folder: Path | None = None
+    network: FeatureNetwork,
+    images: Sequence[Image.Image],
+    folder: Path | None = None,
+    keys: Iterable[bytes] | None = None,
 ) -> torch.Tensor:
     """RGB pictures of one size -> (N, D) float32 on the CPU.
 
     A picture's features are the same to the last bit with whatever others they are asked for.
 
     Args:
-        folder: where features are kept and read from, under the hashes of the network and of the picture's pixels; then
-            all processes call this together and share the work.
+        folder: where features are kept and read from, under the hashes of network and picture; then all processes call
+            this together and share the work.
+        keys: a digest of what each picture follows from; by default of its pixels.
     """
 
     def look(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -157,7 +162,7 @@ def extract_features(
         numbers = range(len(images))
         return torch.cat([look(numbers[start : start + ENCODE_BATCH])["features"] for start in starts])
     store = EntryStore(folder / f"features-{key_of(network.name, network.sha256).hex()}")
-    positions = store.fill(as_keys(map(picture_key, images), len(images)), look, "looking at pictures")
+    positions = store.fill(as_keys(keys or map(picture_key, images), len(images)), look, "looking at pictures")
     return store.read(positions)["features"]
 
 
@@ -166,6 +171,6 @@ def picture_key(image: Image.Image) -> bytes:
     return key_of(str(image.size), image.tobytes())
 
 
-def pictures_sha256(images: Sequence[Image.Image]) -> str:
-    """Of all pictures in their order: 32 hexadecimal digits."""
-    return key_of(*map(picture_key, images)).hex()
+def sha256_of(keys: Iterable[bytes]) -> str:
+    """Of many digests in their order."""
+    return hashlib.sha256(b"".join(keys)).hexdigest()

@@ -4,6 +4,7 @@ What fails says why in one line, and never with the token.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
@@ -79,13 +80,13 @@ def model_card(
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
     sections = {
-        "Samples": _picture_table(samples),
+        "Samples": _picturetable(samples),
         "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of, inpaints),
         "Sampler": sampler,
-        "Metrics": _table(("measure", "value"), (metrics or {}).items()),
+        "Metrics": table(("measure", "value"), (metrics or {}).items()),
         "Training": _code("bash", training_command) if training_command else "",
         "Curves": "\n\n".join(f"![{PurePosixPath(path).stem}]({quote(path)})" for path in curves),
-        "Data, licences and credits": _table(("data", "licence and credit"), (data or {}).items()),
+        "Data, licences and credits": table(("data", "licence and credit"), (data or {}).items()),
         "Limits": "\n".join(f"- {limit}" for limit in limits),
     }
     kinds = [kind for kind, is_one in (("lora", lora_of), ("inpainting", inpaints)) if is_one]
@@ -136,7 +137,19 @@ def _code(language: str, text: str) -> str:
     return f"```{language}\n{text.strip()}\n```"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def fill_section(card: str, title: str, text: str) -> str:
+    """A model card's text with what stands under a heading replaced; where there is none, it comes before training."""
+    section = f"## {title}\n\n{text}\n\n"
+    for pattern in (
+        rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)",
+        r"(?m)^(?=## (?:Training|Curves|Data,|Limits))|\Z",
+    ):
+        if found := re.search(pattern, card):
+            return (card[: found.start()].rstrip() + "\n\n" + section + card[found.end() :]).rstrip() + "\n"
+    return card
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; nothing without rows."""
     lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     rule = "|" + " --- |" * len(head)
@@ -147,13 +160,13 @@ def _cell(value: object) -> str:
     return " ".join((f"{value:.4g}" if isinstance(value, float) else str(value)).split()).replace("|", "\\|")
 
 
-def _picture_table(samples: Mapping[str, str]) -> str:
+def _picturetable(samples: Mapping[str, str]) -> str:
     """Pictures in rows, each over its prompt."""
     items, tables = list(samples.items()), []
     for start in range(0, len(items), PICTURES_PER_ROW):
         row = items[start : start + PICTURES_PER_ROW]
         pictures = [f"![]({quote(path)})" for path, _ in row]
-        tables.append(_table(pictures, [[prompt for _, prompt in row]]))
+        tables.append(table(pictures, [[prompt for _, prompt in row]]))
     return "\n\n".join(tables)
 
 

@@ -83,7 +83,7 @@ def load_networks(
         checkpoint=folder_ingredient(pipeline.name_or_path, hub_id),  # the very files that were loaded
         own_scheduler=pipeline.scheduler,
         guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
-        clip=None if clip is None else _load_clip(clip, pipeline),
+        clip=None if clip is None else load_clip(clip, pipeline),
     )
 
 
@@ -123,13 +123,18 @@ def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
     return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))
 
 
-def _load_clip(folder: Path, pipeline: LatentDiffPipeline) -> Network:
+def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", scale: float = 0.0) -> Network:
+    """A CLIP with its tokenizer as a `ClipGuidance`, on the pipeline's device.
+
+    Raises:
+        ConfigError: there is none in the folder; it is named by the flag that gave it.
+    """
     if not folder.is_dir():  # else transformers would look for it on the Hub
-        raise ConfigError(f"--clip {folder}: no such folder")
+        raise ConfigError(f"{flag} {folder}: no such folder")
     try:
-        clip = ClipGuidance.from_pretrained(folder, scale=0.0)
+        clip = ClipGuidance.from_pretrained(folder, scale=scale)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--clip {folder}: no CLIP can be loaded from it: {_first_line(error)}") from None
+        raise ConfigError(f"{flag} {folder}: no CLIP can be loaded from it: {_first_line(error)}") from None
     return Network(clip.to(pipeline.device), folder_ingredient(folder))
 
 

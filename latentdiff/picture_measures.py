@@ -14,7 +14,7 @@ from PIL import Image
 from . import emoji, random_streams
 from .config import ConfigError
 from .distances import frechet_distance, frechet_distance_error, kernel_distance, precision_recall
-from .feature_networks import FeatureNetwork, extract_features, pictures_sha256
+from .feature_networks import FeatureNetwork, extract_features, picture_key, sha256_of
 from .retrieval import Galleries, Recalls, build_galleries, recalls_of
 
 FEWEST = 4  # pictures that all measures are defined of
@@ -100,7 +100,7 @@ def emoji_reference(
     pictures = pictures or emoji.load()
     galleries = build_galleries(network, pictures, folder)
     features = torch.cat(list(galleries.features.values()))
-    sha256 = pictures_sha256([pictures.composite(i) for i in pictures.indices(held_out=None)])
+    sha256 = sha256_of(picture_key(pictures.composite(i)) for i in pictures.indices(held_out=None))
     styles = " and ".join(galleries.features)
     return Reference(f"emoji64, {len(features)} pictures in {styles} on white", sha256, features), galleries
 

@@ -1,7 +1,7 @@
 """Put a shipped checkpoint together from a finished run: `python -m latentdiff.publish_default RUN`.
 
 Copies the saved pipeline, draws the sample grid, plots the run's curves, and writes the model card with the numbers
-that `latentdiff retrieval RUN --output RUN/retrieval.json` and `latentdiff backgrounds RUN --output
+that `latentdiff evaluate RUN --output-dir RUN/evaluation --fill-card` and `latentdiff backgrounds RUN --output
 RUN/backgrounds.json` measured. Of a run of task inpaint the numbers and the grid are those of
 `python benchmarks/inpainting.py --inpainting RUN --output RUN/inpainting`.
 """
@@ -17,6 +17,7 @@ from . import emoji
 from .cli_errors import run_cli
 from .config import ConfigError, TrainConfig, packaged_checkpoint, read_config
 from .demo import PROMPTS, draw
+from .evaluation_report import CURVE, NUMBERS, read_numbers, rows
 from .finishing import training_command
 from .hub import model_card
 from .pipelines.portable_saving import write_code
@@ -50,7 +51,8 @@ def main(config: PublishConfig) -> None:
     if inpaints and not (run / INPAINTED).is_file():
         raise ConfigError(f"run: {config.run!r} has no {INPAINTED}, which benchmarks/inpainting.py draws")
     output.mkdir(parents=True, exist_ok=True)
-    measured = [run / name for name in ("log.jsonl", *MEASURES.values(), INPAINTED) if (run / name).exists()]
+    measured = ("log.jsonl", *MEASURES.values(), NUMBERS, CURVE, INPAINTED)
+    measured = [run / name for name in measured if (run / name).exists()]
     for path in [*(run / name for name in PARTS), *measured]:
         target = output / path.name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
@@ -68,7 +70,7 @@ def main(config: PublishConfig) -> None:
         sampler="Each measure names its own." if inpaints else SAMPLER,
         data=emoji.CREDITS,
         metrics=_metrics(run),
-        curves=[CURVES],
+        curves=[CURVES, *([CURVE] if (run / CURVE).exists() else [])],
         limits=[
             "It draws emoji it was trained on, at 64x64; what it never saw comes out as something it did.",
             "The VAE blurs fine texture and small text.",
@@ -135,7 +137,7 @@ def _settings(run: Path) -> dict:
 
 
 def _metrics(run: Path) -> dict[str, str]:
-    found = {}
+    found = rows(read_numbers(run / NUMBERS)) if (run / NUMBERS).exists() else {}
     for name, file in MEASURES.items():
         path = run / file
         for key, value in (json.loads(path.read_text()) if path.exists() else {}).items():

@@ -161,8 +161,13 @@ class Galleries:
 
 def build_galleries(network: FeatureNetwork, pictures: emoji.EmojiSet, folder: Path | None = None) -> Galleries:
     """Look at every picture of the default set, both styles; `folder` as in `extract_features`."""
+    images = [pictures.composite(i) for i in pictures.indices(held_out=None)]
+    return galleries_of(extract_features(network, images, folder), pictures)
+
+
+def galleries_of(features: torch.Tensor, pictures: emoji.EmojiSet) -> Galleries:
+    """The default set's features (M, D), in the order of its indices, by style."""
     indices = pictures.indices(held_out=None)
-    features = extract_features(network, [pictures.composite(i) for i in indices], folder)
     by_style, rows = {}, {}
     for style in emoji.STYLES:
         mine = [n for n, i in enumerate(indices) if pictures.rows[i][1] == style]

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from hub_server import TOKEN, USER
 from latentdiff import LatentDiffPipeline
 from latentdiff.config import ConfigError
-from latentdiff.hub import PushError, model_card, push_folder
+from latentdiff.hub import PushError, fill_section, model_card, push_folder
 from stranger import stranger_draws
 
 CODE = {"pipeline.py", "noise_schedule.py", "scheduling_ddim.py", "scheduling_ddpm.py"}
@@ -198,3 +198,13 @@ def test_model_card_refuses_pictures_from_elsewhere(path):
     """Else the card points at a file that only its author has."""
     with pytest.raises(ValueError, match=Path(path).name):
         model_card("bare", license="mit", samples={path: "a cat"})
+
+
+def test_a_section_is_replaced_or_put_before_training():
+    """Numbers would stand twice in a card, or other sections be lost with the old ones."""
+    card = "# A\n\n## Use\n\nSo.\n\n## Metrics\n\nold\n\n### more\n\nold\n\n## Training\n\nThus.\n"
+    new = "# A\n\n## Use\n\nSo.\n\n## Metrics\n\na \\1\n\n## Training\n\nThus.\n"
+    assert fill_section(card, "Metrics", "a \\1") == fill_section(new, "Metrics", "a \\1") == new
+    without = "# A\n\n## Use\n\nSo.\n\n## Training\n\nThus.\n"
+    assert fill_section(without, "Metrics", "a \\1") == new
+    assert fill_section("# A\n", "Metrics", "b") == "# A\n\n## Metrics\n\nb\n"

@@ -7,7 +7,7 @@ from test_retrieval import Thumbnail, noise_artist, real_artist, toy_set  # noqa
 
 from latentdiff import distances, picture_measures, retrieval
 from latentdiff.config import ConfigError
-from latentdiff.feature_networks import extract_features, pictures_sha256
+from latentdiff.feature_networks import extract_features, picture_key, sha256_of
 from latentdiff.picture_measures import emoji_reference, measure, measure_emoji, measure_floor
 
 
@@ -62,7 +62,7 @@ def test_emoji_are_measured_at_once(toy_set):  # noqa: F811
     reference, galleries = emoji_reference(network, toy_set)
     assert reference.features.shape == (120, 768) and "120 pictures in twemoji and openmoji" in reference.name
     real = [toy_set.composite(i) for i in toy_set.indices(held_out=None)]
-    assert reference.sha256 == pictures_sha256(real)
+    assert reference.sha256 == sha256_of(map(picture_key, real))
     assert sorted(reference.features.sum(1).tolist()) == sorted(extract_features(network, real).sum(1).tolist())
 
     asked = retrieval.training_queries(toy_set)[:40]

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from latentdiff import publish_default
 from latentdiff.config import PRESETS, ConfigError, TrainConfig
 from latentdiff.pipelines.portable_saving import code_files
 from latentdiff.publish_default import PublishConfig, main
@@ -43,6 +44,17 @@ def test_folder_and_card(run, tmp_path, capsys):
     assert (output / "log.jsonl").exists() and (output / "retrieval.json").exists()
     assert not (output / "checkpoint-100").exists()
     assert StableDiffusionPipeline.from_pretrained(output).unet is not None
+
+
+def test_an_evaluation_is_in_the_card(run, tmp_path, monkeypatch):
+    """What `latentdiff evaluate` found of a run would be lost when it is published."""
+    monkeypatch.setattr(publish_default, "rows", lambda values: {f"distance of {values['count']}": "1.5 ± 0.1"})
+    (run / "evaluation.json").write_text(json.dumps({"count": 500}))
+    Image.new("RGB", (8, 8)).save(run / "held-out.png")
+    main(PublishConfig(run=str(run), output_dir=str(tmp_path / "published"), machine="a test"))
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "| distance of 500 | 1.5 ± 0.1 |" in card and "(held-out.png)" in card and "r_at_1 0.250" in card
+    assert {"evaluation.json", "held-out.png"} <= {path.name for path in (tmp_path / "published").iterdir()}
 
 
 def test_an_inpainting_run(run, tmp_path):
