@@ -34,6 +34,7 @@ from latentdiff.training import (
     training_loss,
 )
 from latentdiff.training_data import load_data
+from latentdiff.weight_norm import ForcedWeightNorm, forces_weight_norm
 
 
 def main(config: TrainConfig) -> None:
@@ -53,6 +54,7 @@ def main(config: TrainConfig) -> None:
     learning_rate = learning_rate_at(config, total_steps)
 
     model, optimizer = accelerator.prepare(model, optimizer)
+    weight_norm = ForcedWeightNorm(accelerator.unwrap_model(model)) if forces_weight_norm(config, unet) else None
     ema = make_ema(config, accelerator.unwrap_model(model))
     save_weights_as_diffusers_does(accelerator, accelerator.unwrap_model(model), ema)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
@@ -78,6 +80,8 @@ def main(config: TrainConfig) -> None:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
+            if weight_norm is not None:
+                weight_norm.restore()
             done = step + 1  # optimizer steps: the one clock that users see
             watch.add(done, grad_norm)
             if ema is not None:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from .config import ConfigError, RunStopped
 from .ema import EMA, PowerEMAs
 from .lora import has_lora, load_lora, save_lora
-from .models import networks_of
+from .models import networks_of, unet_class
 from .sharding import load_whole, whole_network
 
 logger = logging.getLogger(__name__)
@@ -176,7 +175,8 @@ def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix
         if not folder.is_dir():
             setting = "use_ema" if suffix else f"train_{name}"
             raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without {setting}?")
-        kind = UNet2DConditionModel if name == "unet" else type(network)  # a sharded one is of a class of its own
+        # A sharded network is of a class of its own.
+        kind = unet_class(folder) if name == "unet" and folder.is_dir() else type(network)
         try:
             if has_lora(network):
                 load_lora(network, folder)

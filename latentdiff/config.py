@@ -147,8 +147,13 @@ class TrainConfig:
     bytes, needs prodigyopt)."""
     learning_rate: float = 1e-4
     """Peak of the learning rate; with Prodigy, a factor on its own estimate, 1 in every preset."""
-    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "constant_with_warmup"
-    """Course of the learning rate over the optimizer steps."""
+    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"] = (
+        "constant_with_warmup"
+    )
+    """Course of the learning rate over the optimizer steps; "inverse_sqrt" is constant up to `lr_decay_start_steps` and
+    falls with the root of the step from there on."""
+    lr_decay_start_steps: int = 1000
+    """The optimizer step from which on lr_scheduler inverse_sqrt falls."""
     lr_warmup_steps: int = 200
     """Optimizer steps of linear warm-up."""
     adam_beta1: float = 0.9
@@ -162,6 +167,9 @@ class TrainConfig:
     small (1e-8 in the middle of the UNet, at 0.02) that the usual value would halve the steps there."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped."""
+    force_weight_norm: bool = False
+    """Bring every filter back to the length it began with after each optimizer step, so that the learning rate alone
+    decides how fast it turns (arXiv 2312.02696, section 2.3); a magnitude-preserving UNet always does."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights, and save and validate with it."""
     ema_decay: float = 0.999

@@ -5,7 +5,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import ConfigError
+from .mp_unet import SCHEDULE_SETTINGS, MPUNet2DConditionModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _SMALL_UNET = {
     "layers_per_block": 1,
     "addition_embed_type": "text",
 }
-UNET_PRESETS = {
+UNET_PRESETS: dict[str, dict] = {
     "emoji64": {
         **_SMALL_UNET,
         "block_out_channels": (64, 128, 192),
@@ -44,7 +45,13 @@ UNET_PRESETS = {
         "attention_head_dim": 2,
         "addition_embed_type_num_heads": 4,
     },
+    # Magnitude-preserving: as many operations a picture as "emoji64", as "tiny", and a fifth of the latter's weights.
+    "mp": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (64, 128, 192), "attention_head_dim": 32},
+    "mp-tiny": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (32, 64, 96), "attention_head_dim": 32},
+    "mp-mini": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (12, 24, 48), "attention_head_dim": 12},
 }
+UNET_CLASSES = {kind.__name__: kind for kind in (UNet2DConditionModel, MPUNet2DConditionModel)}
+UNet = UNet2DConditionModel | MPUNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def load_vae(path: str) -> AutoencoderKL:
     return _load(AutoencoderKL, path, options, setting="decoder_of").float()
 
 
-def load_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNet2DConditionModel:
+def load_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNet:
     """The UNet of a Stable-Diffusion-shaped folder or Hub id, in fp32, to go on training.
 
     Raises:
@@ -132,7 +139,20 @@ def load_unet(path: str, revision: str | None = None, variant: str | None = None
     """
     variant = variant or _variant_of(path, "unet")
     options = {"subfolder": "unet", "revision": revision, "variant": variant, "use_safetensors": True}
-    return _load(UNet2DConditionModel, path, options).float()
+    return _load(unet_class(path, subfolder="unet", revision=revision), path, options).float()
+
+
+def unet_class(path: str | os.PathLike, **options) -> type[UNet]:
+    """Which kind of UNet a folder or Hub id holds; diffusers' own where its config.json does not say.
+
+    Args:
+        options: as `from_pretrained` takes them, such as `subfolder`.
+    """
+    try:
+        config = UNet2DConditionModel.load_config(str(path), **options)
+    except (OSError, ValueError):  # loading it says what is wrong
+        return UNet2DConditionModel
+    return UNET_CLASSES.get(config.get("_class_name"), UNet2DConditionModel)
 
 
 def _variant_of(path: str, name: str) -> str | None:
@@ -181,20 +201,23 @@ def build_unet(
     cross_attention_dim: int,
     seed: int,
     in_channels: int | None = None,
-) -> UNet2DConditionModel:
+    schedule: Mapping | None = None,
+) -> UNet:
     """A UNet with new weights.
 
     Args:
-        preset: a key of `UNET_PRESETS`, or the path of a JSON file with arguments of `UNet2DConditionModel`.
+        preset: a key of `UNET_PRESETS`, or the path of a JSON file with a UNet's arguments, of diffusers' or, by its
+            `_class_name`, of the magnitude-preserving one.
         latent_channels, sample_size, cross_attention_dim: what the VAE and the text encoder fix.
         seed: of the weights.
         in_channels: of what it is given, where that is more than the latents.
+        schedule: the scheduler's configuration, which a magnitude-preserving UNet has to know.
 
     Raises:
         ConfigError: unknown preset.
     """
     if preset in UNET_PRESETS:
-        arguments = UNET_PRESETS[preset]
+        arguments = dict(UNET_PRESETS[preset])
     elif preset.endswith(".json") and Path(preset).is_file():
         arguments = _read_unet_config(preset)
     else:
@@ -202,15 +225,18 @@ def build_unet(
             f"unet: {preset!r} is unknown; it may be 'pretrained', {', '.join(map(repr, UNET_PRESETS))}, "
             "or the path of a UNet's config.json"
         )
+    kind = UNET_CLASSES[arguments.pop("_class_name", UNet2DConditionModel.__name__)]
     fixed = {
         "in_channels": in_channels or latent_channels,
         "out_channels": latent_channels,
         "sample_size": sample_size,
         "cross_attention_dim": cross_attention_dim,
     }
+    if kind is MPUNet2DConditionModel:
+        fixed |= {name: schedule[name] for name in SCHEDULE_SETTINGS if schedule and name in schedule}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # diffusers draws initial weights from the global generator
-        return UNet2DConditionModel(**{**arguments, **fixed})
+        torch.manual_seed(seed)  # initial weights are drawn from the global generator
+        return kind(**{**arguments, **fixed})
 
 
 def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
@@ -229,13 +255,17 @@ def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
 
 def _read_unet_config(path: str) -> dict:
     try:
-        arguments = {k: v for k, v in json.loads(Path(path).read_text()).items() if not k.startswith("_")}
+        saved = json.loads(Path(path).read_text())
+        arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
+        name = saved.get("_class_name", UNet2DConditionModel.__name__)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"unet: {path!r} is no UNet's config.json ({error})") from None
-    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    if name not in UNET_CLASSES:
+        raise ConfigError(f"unet: {path!r} is of a {name}; it may be of {' or '.join(UNET_CLASSES)}")
+    known = inspect.signature(UNET_CLASSES[name].__init__).parameters
     if unknown := [name for name in arguments if name not in known]:
-        raise ConfigError(f"unet: {path!r} has {unknown[0]!r}, which UNet2DConditionModel does not take")
-    return arguments
+        raise ConfigError(f"unet: {path!r} has {unknown[0]!r}, which {name} does not take")
+    return arguments | {"_class_name": name}
 
 
 def hide_loading_bars() -> None:

@@ -14,7 +14,9 @@ sigma = sqrt((1 - abar_t) / abar_t) and x = x_t / sqrt(abar_t) = x_0 + sigma eps
 For latents of unit variance (sigma_data = 1) c_in x is x_t itself, and F is the negative of v.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,17 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
 from .noise_schedule import PREDICTION_TYPES, alphas_cumprod, check_choice, make_betas, noise_levels
 
 RESIDUAL = 0.3  # the weight of a residual branch
 SILU_MAGNITUDE = 0.596  # of SiLU(x) for x ~ N(0, 1)
+LARGEST_SIGMA = 1e4  # what an infinite noise level, that of zero terminal SNR, is told to the network as
+# What a scheduler says of the noise and of what is predicted; the network's configuration says the same.
+SCHEDULE_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr",
+            "prediction_type")  # fmt: skip
 
 # ---- magnitude-preserving operations ---------------------------------------------------------------------------------
 
@@ -45,20 +52,26 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
     """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2) (eq. 88)."""
-    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+    norm = math.hypot(1 - t, t)
+    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
 
 
-def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
-    """Channels of both (B, C, …), scaled so that each has its share t of what follows, however many it has (eq. 103)."""
+def mp_cat(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Channels of both (B, C, …), scaled so that each is half of what follows, however many it has (eq. 103)."""
     n_a, n_b = a.shape[1], b.shape[1]
-    scale = ((n_a + n_b) / ((1 - t) ** 2 + t**2)) ** 0.5
-    return torch.cat([a * (scale * (1 - t) / n_a**0.5), b * (scale * t / n_b**0.5)], dim=1)
+    if n_a != n_b:
+        a, b = a * ((n_a + n_b) / 2 / n_a) ** 0.5, b * ((n_a + n_b) / 2 / n_b) ** 0.5
+    return torch.cat([a, b], dim=1)
 
 
-def _unit_filters(weight: torch.Tensor) -> torch.Tensor:
-    """Each filter along the first dimension at norm 1. Gradients lose what would only lengthen a filter (eq. 67)."""
-    norm = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True, dtype=torch.float32)
-    return weight * norm.clamp(min=1e-12).reciprocal().to(weight.dtype)
+def _filter_norms(weight: torch.Tensor) -> torch.Tensor:
+    """The norm of each filter along the first dimension, in float32, shaped to divide them."""
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True, dtype=torch.float32)
+
+
+def _unit_filters(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+    """Each filter at the norm `gain`. Gradients lose what would only lengthen a filter (eq. 67)."""
+    return weight * (gain / _filter_norms(weight).clamp(min=1e-12)).to(weight.dtype)
 
 
 class MPLinear(nn.Linear):
@@ -75,7 +88,7 @@ class MPLinear(nn.Linear):
 
 
 class MPConv2d(nn.Conv2d):
-    """A convolution without bias whose filters act at unit norm."""
+    """A convolution without bias whose filters act at unit norm, or at that of `gain`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -83,30 +96,41 @@ class MPConv2d(nn.Conv2d):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, _unit_filters(self.weight), padding=self.padding)
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        return F.conv2d(x, _unit_filters(self.weight, gain), padding=self.padding)
 
 
 @torch.no_grad()
 def normalize_weights(module: nn.Module) -> None:
     """Forced weight normalisation: after a step of the optimizer every stored filter gets the norm sqrt(fan-in) back, a
-    magnitude of 1 per number (section 2.3). What the layers compute stays the same."""
-    for layer in module.modules():
-        if isinstance(layer, MPLinear | MPConv2d):
-            layer.weight.copy_(_unit_filters(layer.weight) * layer.weight[0].numel() ** 0.5)
+    magnitude of 1 per number (section 2.3). What the layers compute stays the same.
+
+    Of a module that is sharded along the first dimension each process does its own filters.
+    """
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, MPLinear | MPConv2d)]
+    weights = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
+    norms = [_filter_norms(weight).clamp_(min=1e-12) for weight in weights]
+    torch._foreach_reciprocal_(norms)
+    torch._foreach_mul_(norms, [math.prod(weight.shape[1:]) ** 0.5 for weight in weights])
+    torch._foreach_mul_(weights, norms)
 
 
 class FourierFeatures(nn.Module):
-    """Numbers (B,) -> (B, C) cosines of random frequencies and phases, magnitude 1 (eq. 75)."""
+    """Numbers (B,) -> float32 cosines (B, C) of magnitude 1 (eq. 75).
+
+    Frequencies and phases are the evenly spaced quantiles of the distributions that the paper draws them from, so that
+    no precision in which the weights are kept rounds them.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+        self.channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        angles = x.float()[:, None] * self.frequencies.float() + self.phases.float()
-        return angles.cos() * 2**0.5
+        number = torch.arange(self.channels, device=x.device, dtype=torch.float32)
+        turns = torch.special.ndtri((number + 0.5) / self.channels)
+        phases = number * ((5**0.5 - 1) / 2) % 1  # steps of the golden ratio cover every range of frequencies evenly
+        return (2 * math.pi * (x.float()[:, None] * turns + phases)).cos() * 2**0.5
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -128,14 +152,21 @@ class MPAttention(nn.Module):
         seen = pixels if text is None else text
         q, k, v = self.to_q(pixels), self.to_k(seen), self.to_v(seen)
         q, k, v = (pixel_norm(one.unflatten(2, (self.heads, -1)), dim=3).transpose(1, 2) for one in (q, k, v))
-        weights = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1)
         # A mean of many values is smaller than one of them: brought back to their magnitude.
-        found = pixel_norm((weights @ v).transpose(1, 2).flatten(2), dim=2)
+        found = pixel_norm(_attend(q, k, v).transpose(1, 2).flatten(2), dim=2)
         return mp_sum(x, self.to_out[0](found).transpose(1, 2).unflatten(2, x.shape[2:]), RESIDUAL)
 
 
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax attention (B, heads, L, d)."""
+    if q.is_cuda or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
+    # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1).to(v.dtype) @ v
+
+
 class MPBlock(nn.Module):
-    """A residual block, after EDM2's figure 23, and behind it attention where it is wanted."""
+    """A residual block, after EDM2's figure 21, and behind it attention where it is wanted."""
 
     def __init__(
         self,
@@ -152,10 +183,10 @@ class MPBlock(nn.Module):
         self.conv_skip = MPConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.conv_0 = MPConv2d(out_channels if encodes else in_channels, out_channels, 3)
         self.embedding = MPLinear(embedding_dim, out_channels)
-        self.embedding_gain = nn.Parameter(torch.zeros(()))
+        self.embedding_gain = nn.Parameter(torch.zeros(1))
         self.conv_1 = MPConv2d(out_channels, out_channels, 3)
-        self.self_attention = MPAttention(out_channels, attention[0]) if attention else None
-        self.cross_attention = MPAttention(out_channels, *attention) if attention else None
+        self.attn1 = MPAttention(out_channels, attention[0]) if attention else None
+        self.attn2 = MPAttention(out_channels, *attention) if attention else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         if self.resample == "down":
@@ -164,18 +195,27 @@ class MPBlock(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         if self.encodes:
             x = pixel_norm(x if self.conv_skip is None else self.conv_skip(x))
-        y = self.conv_0(mp_silu(x))
-        y = mp_silu(y * (self.embedding(embedding) * self.embedding_gain + 1)[:, :, None, None])
-        y = self.conv_1(y)
+        # The scales of `mp_silu` and `mp_sum` are put into the filters, which costs less than scaling activations.
+        y = self.conv_0(F.silu(x), gain=1 / SILU_MAGNITUDE)
+        modulation = 1 + self.embedding(embedding) * self.embedding_gain.to(embedding.dtype)
+        norm = math.hypot(1 - RESIDUAL, RESIDUAL)
+        y = self.conv_1(F.silu(y * modulation[:, :, None, None]), gain=RESIDUAL / norm / SILU_MAGNITUDE)
         if not self.encodes and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, RESIDUAL)
-        if self.self_attention is not None:
-            x = self.cross_attention(self.self_attention(x), text)
+        x = torch.add(y, x, alpha=(1 - RESIDUAL) / norm)
+        if self.attn1 is not None:
+            x = self.attn2(self.attn1(x), text)
         return x
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MPUNet2DConditionOutput(UNet2DConditionOutput):
+    """What `UNet2DConditionModel` gives out, and the learned uncertainty u of its error (B,) where that is learned."""
+
+    log_variance: torch.Tensor | None = None
 
 
 class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -191,9 +231,13 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention_head_dim: channels of a head.
         num_train_timesteps, beta_start, beta_end, beta_schedule, rescale_betas_zero_snr: the noise schedule that gives
             each timestep its noise level, as in the scheduler.
-        prediction_type: what is put out, as in the scheduler.
+        prediction_type: what is put out, as in the scheduler. The weights are the same for each of the three.
         sigma_data: the latents' standard deviation.
-        learned_uncertainty: whether `log_variance` is trained (section 2.2 of arXiv 2312.02696's appendix).
+        learned_uncertainty: whether the network learns how large its error is at each noise level (arXiv 2312.02696,
+            appendix B.2, eq. 21-22).
+
+    Raises:
+        ValueError: what cannot be built.
     """
 
     _supports_gradient_checkpointing = True
@@ -219,104 +263,112 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction_type: str = "epsilon",
         sigma_data: float = 1.0,
         learned_uncertainty: bool = False,
-        time_cond_proj_dim: None = None,
-        addition_embed_type: None = None,
-        encoder_hid_dim_type: None = None,
     ):
         super().__init__()
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         if len(attention_levels) != len(block_out_channels):
             raise ValueError(
-                f"attention_levels has {len(attention_levels)} and block_out_channels {len(block_out_channels)} entries; "
-                "both need one for each level"
+                f"attention_levels has {len(attention_levels)} and block_out_channels {len(block_out_channels)} "
+                "entries; both need one for each level"
             )
-        betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, None, rescale_betas_zero_snr)
-        self.register_buffer("alphas_cumprod", alphas_cumprod(betas), persistent=False)
         noise_channels, width = block_out_channels[0], max(block_out_channels)
         self.noise_features = FourierFeatures(noise_channels)
         self.noise_embedding = MPLinear(noise_channels, width)
         self.text_embedding = nn.ModuleList([MPLinear(cross_attention_dim, width), MPLinear(width, width)])
         self.log_variance = MPLinear(noise_channels, 1) if learned_uncertainty else None
 
-        def block(inside: int, level: int, *, attends: bool = False, **kind) -> MPBlock:
+        def block(inside: int, channels: int, *, attends: bool = False, **kind) -> MPBlock:
             attention = (attention_head_dim, cross_attention_dim) if attends else None
-            return MPBlock(inside, block_out_channels[level], width, attention=attention, **kind)
+            return MPBlock(inside, channels, width, attention=attention, **kind)
 
         self.conv_in = MPConv2d(in_channels + 1, noise_channels, 3)  # one channel of ones, in place of biases
         self.encoder, skips = nn.ModuleList(), [noise_channels]
         for level, channels in enumerate(block_out_channels):
             if level:
-                self.encoder.append(block(skips[-1], level - 1, encodes=True, resample="down"))
-                skips.append(skips[-1])
-            for _ in range(layers_per_block):
-                self.encoder.append(block(skips[-1], level, attends=attention_levels[level], encodes=True))
+                self.encoder.append(block(skips[-1], channels, encodes=True, resample="down"))
                 skips.append(channels)
-        last = len(block_out_channels) - 1
-        self.middle = nn.ModuleList(
-            [block(skips[-1], last, attends=attends, encodes=False) for attends in (True, False)]
-        )
-        self.decoder, inside = nn.ModuleList(), skips[-1]
-        for level in range(last, -1, -1):
-            if level < last:
-                self.decoder.append(block(inside, level + 1, encodes=False, resample="up"))
+            for _ in range(layers_per_block):
+                self.encoder.append(block(skips[-1], channels, attends=attention_levels[level], encodes=True))
+                skips.append(channels)
+        inside = skips[-1]
+        self.middle = nn.ModuleList(block(inside, inside, attends=attends, encodes=False) for attends in (True, False))
+        self.decoder = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(block_out_channels))):
+            if level < len(block_out_channels) - 1:
+                self.decoder.append(block(inside, channels, encodes=False, resample="up"))
+                inside = channels
             for _ in range(layers_per_block + 1):
                 attends = attention_levels[level]
-                self.decoder.append(block(inside + skips.pop(), level, attends=attends, encodes=False))
-                inside = block_out_channels[level]
+                self.decoder.append(block(inside + skips.pop(), channels, attends=attends, encodes=False))
+                inside = channels
         self.conv_out = MPConv2d(noise_channels, out_channels, 3)
-        self.output_gain = nn.Parameter(torch.zeros(()))
+        self.output_gain = nn.Parameter(torch.zeros(1))
         normalize_weights(self)
 
+    @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
-        *unused,
+        class_labels: None = None,
+        timestep_cond: None = None,
+        attention_mask: None = None,
+        cross_attention_kwargs: dict | None = None,
+        added_cond_kwargs: None = None,
+        down_block_additional_residuals: None = None,
+        mid_block_additional_residual: None = None,
+        down_intrablock_additional_residuals: None = None,
+        encoder_attention_mask: None = None,
         return_dict: bool = True,
-        **others,
-    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+    ) -> MPUNet2DConditionOutput | tuple[torch.Tensor]:
         """What `prediction_type` says of x_t (B, C, h, w).
 
         Args:
             sample: x_t, with what else is to be seen behind it: (B, in_channels, h, w).
-            timestep: (B,) or one for all.
+            timestep: (B,) or one for all; between whole ones the noise level is interpolated.
             encoder_hidden_states: (B, L, D).
-            others: further arguments of `UNet2DConditionModel`, which must be None.
+            cross_attention_kwargs: may hold the `scale` of LoRA adapters.
 
         Raises:
-            ValueError: an argument that this network has no use for.
+            ValueError: one of the other arguments is given, for which this network has no use.
         """
-        refused = [name for name, value in others.items() if value is not None] + [
-            "…" for value in unused if value is not None
-        ]
-        if refused:
-            raise ValueError(f"MPUNet2DConditionModel has no use for {', '.join(refused)}; leave it out")
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        sigma = noise_levels(self.alphas_cumprod, timesteps).clamp(max=1e4)
-        x_t = sample[:, : self.config.out_channels]
-        c = _Preconditioning(sigma.reshape(-1, 1, 1, 1), self.config.sigma_data)
-        seen = torch.cat([(x_t * c.of_input).to(x_t.dtype), sample[:, self.config.out_channels :]], dim=1)
-        answer = self._raw(seen, self._noise(sigma), encoder_hidden_states)
-        output = c.output(self.config.prediction_type, x_t.float(), answer.float()).to(sample.dtype)
-        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+        _refuse(
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            attention_mask=attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs or None,
+            added_cond_kwargs=added_cond_kwargs or None,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            encoder_attention_mask=encoder_attention_mask,
+        )
+        sigma = self._sigmas(torch.as_tensor(timestep, device=sample.device).expand(len(sample)))
+        features = self.noise_features(sigma.clamp(max=LARGEST_SIGMA).log() / 4).to(sample.dtype)
+        x_t, others = sample.split([self.config.out_channels, sample.shape[1] - self.config.out_channels], dim=1)
+        scales = Preconditioning(sigma.reshape(-1, 1, 1, 1), self.config.sigma_data)
+        seen = torch.cat([(x_t * scales.of_input).to(x_t.dtype), others, torch.ones_like(x_t[:, :1])], dim=1)
+        answer = self._answer(seen, features, encoder_hidden_states)
+        output = scales.output(self.config.prediction_type, x_t.float(), answer.float()).to(sample.dtype)
+        if not return_dict:
+            return (output,)
+        uncertainty = None if self.log_variance is None else self.log_variance(features)[:, 0].float()
+        return MPUNet2DConditionOutput(sample=output, log_variance=uncertainty)
 
-    def log_variance_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The learned uncertainty u of the loss at timesteps (B,) -> (B,)."""
-        return self.log_variance(self._noise(noise_levels(self.alphas_cumprod, timesteps).clamp(max=1e4)))[:, 0]
+    def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noise levels of timesteps (B,), float32."""
+        *schedule, _ = (self.config[name] for name in SCHEDULE_SETTINGS)
+        return noise_levels(_alphas_cumprod(*schedule, timesteps.device), timesteps)
 
-    def _noise(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Features (B, C) of c_noise = ln(sigma) / 4."""
-        return self.noise_features(sigma.log() / 4).to(self.dtype)
-
-    def _raw(self, x: torch.Tensor, noise_features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """F of preconditioned latents."""
-        text = pixel_norm(text.to(self.dtype), dim=2)
+    def _answer(self, x: torch.Tensor, noise_features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """F of preconditioned latents (B, in_channels + 1, h, w)."""
+        text = pixel_norm(text.to(x.dtype), dim=2)
         # What all tokens say together reaches every pixel at once, which teaches a small network to follow words long
         # before attention does.
         said = self.text_embedding[1](mp_silu(self.text_embedding[0](pixel_norm(text.mean(dim=1)))))
         embedding = mp_silu(mp_sum(self.noise_embedding(noise_features), said))
-        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        x = self.conv_in(x)
         skips = [x]
         for block in self.encoder:
             x = self._run(block, x, embedding, text)
@@ -325,34 +377,66 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x = self._run(block, x, embedding, text)
         for block in self.decoder:
             x = self._run(block, x if block.resample == "up" else mp_cat(x, skips.pop()), embedding, text)
-        return self.conv_out(x) * self.output_gain
+        return self.conv_out(x) * self.output_gain.to(x.dtype)
 
     def _run(self, block: MPBlock, *inputs: torch.Tensor) -> torch.Tensor:
-        if self.training and getattr(self, "gradient_checkpointing", False):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
+    gradient_checkpointing = False
 
-class _Preconditioning:
-    """EDM's scales at noise levels (arXiv 2206.00364, table 1), between x_t = x / sqrt(1 + sigma^2) and each output."""
+
+def _refuse(**arguments) -> None:
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise ValueError(f"MPUNet2DConditionModel has no use for {', '.join(given)}: leave it out")
+
+
+@functools.lru_cache(maxsize=16)
+def _alphas_cumprod(
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    rescale_betas_zero_snr: bool,
+    device: torch.device,
+) -> torch.Tensor:
+    """The table of a schedule, in float32 whatever the weights are kept in."""
+    betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, None, rescale_betas_zero_snr)
+    return alphas_cumprod(betas).to(device)
+
+
+class Preconditioning:
+    """EDM's scales (arXiv 2206.00364, table 1), written for x_t = s x_0 + n epsilon of unit variance, not for
+    x = x_t / s: then none is infinite where x_t is all noise.
+
+    Args:
+        sigma: n / s, shaped to multiply x_t.
+        sigma_data: the standard deviation of x_0.
+    """
 
     def __init__(self, sigma: torch.Tensor, sigma_data: float):
-        self.sigma, self.sigma_data = sigma, sigma_data
-        self.root = (sigma.square() + sigma_data**2).sqrt()
-        self.x_scale = (1 + sigma.square()).sqrt()  # x = x_scale x_t
+        self.signal = (1 + sigma.square()).rsqrt()
+        self.noise = (1 - self.signal.square()).sqrt()
+        self.sigma_data = sigma_data
+        self.magnitude = (self.noise.square() + (sigma_data * self.signal).square()).sqrt()  # of x_t
 
     @property
     def of_input(self) -> torch.Tensor:
-        """c_in x over x_t."""
-        return self.x_scale / self.root
+        """c_in x / x_t."""
+        return 1 / self.magnitude
 
     def output(self, prediction_type: str, x_t: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        """D = c_skip x + c_out F, or the noise or v that follow from it, written so that nothing large is subtracted."""
-        x = self.x_scale * x_t
-        x_0 = (self.sigma_data / self.root) ** 2 * x + self.sigma * self.sigma_data / self.root * answer
+        """D = c_skip x + c_out F, or the epsilon or v that follow from D, each a sum of x_t and F.
+
+        With r^2 = n^2 + s^2 sigma_data^2:
+            D       = s sigma_data^2 / r^2 x_t        + n sigma_data / r F
+            epsilon = n / r^2 x_t                     - s sigma_data / r F          = (x_t - s D) / n
+            v       = s n (1 - sigma_data^2) / r^2 x_t - sigma_data / r F           = s epsilon - n D
+        """
+        s, n, r, deviation = self.signal, self.noise, self.magnitude, self.sigma_data
         if prediction_type == "sample":
-            return x_0
-        epsilon = self.sigma / self.root**2 * x - self.sigma_data / self.root * answer  # (x - D) / sigma
+            return s * (deviation / r) ** 2 * x_t + n * deviation / r * answer
         if prediction_type == "epsilon":
-            return epsilon
-        return (epsilon - self.sigma * x_0) / self.x_scale  # sqrt(abar) epsilon - sqrt(1 - abar) x_0
+            return n / r**2 * x_t - s * deviation / r * answer
+        return s * n * (1 - deviation**2) / r**2 * x_t - deviation / r * answer

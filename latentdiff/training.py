@@ -108,6 +108,7 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
     latent_channels, text_width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
     # For inpainting the noisy latents, the mask and the masked picture's latents.
     in_channels = 2 * latent_channels + 1 if config.task == "inpaint" else latent_channels
+    scheduler = _noise_schedule(config)
     if config.unet == "pretrained":
         unet = load_unet(source, config.revision, config.variant)
     else:
@@ -118,12 +119,12 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
             sample_size=(config.resolution or parts.vae.config.sample_size) // downsampling_factor(parts.vae),
             cross_attention_dim=text_width,
             seed=config.seed,
+            schedule=scheduler.config,
         )
     _check_fits(config, unet, latent_channels, in_channels, text_width)
     if unet.config.in_channels != in_channels:
         widen_input(unet, in_channels)
-    scheduler = _noise_schedule(config)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and isinstance(unet, UNet2DConditionModel):
         # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
         unet.set_attn_processor(AttnProcessor())
     if config.gradient_checkpointing:
@@ -203,6 +204,11 @@ def optimizer_steps(config: TrainConfig, batches: Batches) -> int:
 
 def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     """The learning rate as a function of the optimizer step alone, so that a resume has nothing to restore."""
+    if config.lr_scheduler == "inverse_sqrt":  # of Karras et al. 2023, arXiv 2312.02696, eq. 67
+        start, warmup = config.lr_decay_start_steps, config.lr_warmup_steps
+        return lambda step: (
+            config.learning_rate * min((step + 1) / max(warmup, 1), 1) / max((step + 1) / start, 1) ** 0.5
+        )
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # diffusers' schedules are factors that hang on an optimizer
     schedule = get_scheduler(
         config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
