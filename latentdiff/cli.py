@@ -74,6 +74,9 @@ class Drawing(Command):
     """Read "a (red:1.3) apple" as a weight."""
     long_prompts: bool = False
     """Read all of a prompt that is longer than the text encoder's limit."""
+    ema_sigma_rel: float | None = None
+    """Draw with the average of the weights of this relative width, such as 0.08, which is made of the snapshots of a
+    run with --ema_sigma_rel (arXiv 2312.02696); by default with the weights that were saved."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the networks; fp16 and bf16 are for GPUs."""
     overwrite: bool = False

@@ -20,7 +20,7 @@ from PIL import Image
 from . import __version__, feature_networks
 from .cli import Evaluate
 from .clip_guidance import ClipGuidance
-from .config import ConfigError, cache_folder, read_config
+from .config import ConfigError, TrainConfig, cache_folder, read_config
 from .drawing import draw_recipes
 from .entry_store import ENCODE_BATCH
 from .evaluation_report import CURVE, NUMBERS, TABLE, fill_card, markdown
@@ -202,7 +202,7 @@ def _conditions(
     return Conditions(
         count=len(questions.captions),
         drawing=drawing | {"batch_size": command.batch_size},
-        weights=averaged_weights(Path(command.checkpoint)),
+        weights=averaged_weights(Path(command.checkpoint), command.ema_sigma_rel),
         network=Ingredient(name=network.name, sha256=network.sha256),
         reference=Ingredient(name=f"{questions.name}, {len(questions.images)} pictures", sha256=questions.sha256),
         latentdiff=__version__,
@@ -211,14 +211,17 @@ def _conditions(
     )
 
 
-def averaged_weights(checkpoint: Path) -> str:
-    """Which average a run's saved weights are; others do not say."""
+def averaged_weights(checkpoint: Path, ema_sigma_rel: float | None) -> str:
+    """Which average was drawn with: the one that was asked for, or the one that a run says it saved."""
+    if ema_sigma_rel is not None:
+        return f"EMA of sigma_rel {ema_sigma_rel:g}, reconstructed"
     if not (checkpoint / "train_config.yaml").is_file():
         return "as saved"
-    settings = read_config(str(checkpoint / "train_config.yaml"))
-    if settings.get("use_ema", True):
-        return f"EMA of decay {settings['ema_decay']:g}"
-    return "no average"
+    settings = asdict(TrainConfig()) | read_config(str(checkpoint / "train_config.yaml"))
+    if not settings["use_ema"]:
+        return "no average"
+    widths = settings["ema_sigma_rel"]  # the first is what is saved
+    return f"EMA of sigma_rel {widths[0]:g}" if widths else f"EMA of decay {settings['ema_decay']:g}"
 
 
 def reconstruction(

@@ -48,11 +48,14 @@ class Networks:
     guide_unet: Network | None = None
     clip: Network | None = None
     """A `ClipGuidance`."""
+    ema_sigma_rel: float | None = None
+    """Which average of the weights was taken in place of the one that was saved."""
 
     def in_recipes(self) -> dict[str, Any]:
         """What a recipe says of the checkpoint and of where and how it is run."""
         return {
             "checkpoint": self.checkpoint,
+            "ema_sigma_rel": self.ema_sigma_rel,
             "dtype": str(self.pipeline.dtype).removeprefix("torch."),
             "device": self.pipeline.device.type,
         }
@@ -64,6 +67,7 @@ def load_networks(
     dtype: str = "fp32",
     guide_unet: Path | None = None,
     clip: Path | None = None,
+    ema_sigma_rel: float | None = None,
 ) -> Networks:
     """A checkpoint and what guides it, on their device.
 
@@ -72,11 +76,12 @@ def load_networks(
         dtype: one of `DTYPES`, of the pipeline and the guiding UNet.
         guide_unet: the folder of a UNet, or of a pipeline that has one.
         clip: the folder of a CLIP with its tokenizer and its preprocessor's config.
+        ema_sigma_rel: as `load_pipeline`.
 
     Raises:
         ConfigError: one of them is not there or cannot be loaded.
     """
-    pipeline = load_pipeline(checkpoint, device, dtype)
+    pipeline = load_pipeline(checkpoint, device, dtype, ema_sigma_rel)
     hub_id = None if Path(checkpoint).exists() else checkpoint
     return Networks(
         pipeline=pipeline,
@@ -84,11 +89,18 @@ def load_networks(
         own_scheduler=pipeline.scheduler,
         guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
         clip=None if clip is None else load_clip(clip, pipeline),
+        ema_sigma_rel=ema_sigma_rel,
     )
 
 
-def load_pipeline(checkpoint: str, device: str | None, dtype: str = "fp32") -> LatentDiffPipeline:
+def load_pipeline(
+    checkpoint: str, device: str | None, dtype: str = "fp32", ema_sigma_rel: float | None = None
+) -> LatentDiffPipeline:
     """A `LatentDiffPipeline` on its device, without progress bars of its own.
+
+    Args:
+        ema_sigma_rel: the width of the average of the weights to take from the snapshots that its training kept; by
+            default the weights are those that were saved.
 
     Raises:
         ConfigError: nothing that can be loaded is there.
@@ -106,6 +118,8 @@ def load_pipeline(checkpoint: str, device: str | None, dtype: str = "fp32") -> L
     try:
         files = folder if folder.exists() else LatentDiffPipeline.download(checkpoint)
         pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype])
+        if ema_sigma_rel is not None:
+            pipeline.load_ema(ema_sigma_rel, source=checkpoint)  # on the Hub a loaded model comes without its snapshots
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
         raise ConfigError(f"{checkpoint}: {where}: {_first_line(error)}") from None

@@ -89,7 +89,9 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def load(command: Drawing) -> Networks:
-    return load_networks(command.checkpoint, command.device, command.dtype, command.guide_unet, command.clip)
+    return load_networks(
+        command.checkpoint, command.device, command.dtype, command.guide_unet, command.clip, command.ema_sigma_rel
+    )
 
 
 def picture_size(command: PictureList | Interpolate, networks: Networks) -> tuple[int, int]:

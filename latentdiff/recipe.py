@@ -118,6 +118,8 @@ class Recipe:
     """Pictures drawn at a time, copies of which are needed to draw this one again to the last bit: a network's sums are
     rounded in another order in a batch of another size."""
     checkpoint: Ingredient
+    ema_sigma_rel: float | None = None
+    """Relative width of the average of the weights, where it was chosen when they were loaded (arXiv 2312.02696)."""
     dtype: str
     device: str
     """Kind of device, such as "cpu"."""
@@ -206,6 +208,7 @@ _RANGES = (
     ("frames", 2, MAX_FRAMES),
     ("columns", 2, MAX_FRAMES),
     ("batch_size", 1, MAX_BATCH),
+    ("ema_sigma_rel", 0, 1),
 )
 # What belongs to some kinds of picture only.
 _OF_KIND: dict[str, tuple[str, ...]] = {

@@ -33,7 +33,7 @@ def redraw(command: Redraw) -> None:
     }
     checkpoint = command.checkpoint or find_checkpoint(recipe.checkpoint, command.picture)
     dtype = _DTYPES[recipe.dtype]
-    networks = load_networks(checkpoint, command.device, dtype, command.guide_unet, command.clip)
+    networks = load_networks(checkpoint, command.device, dtype, command.guide_unet, command.clip, recipe.ema_sigma_rel)
     now = as_of_now(recipe, networks, command)
     _tell(list(differences(recipe, now)), command)
     _say_device(recipe, now)

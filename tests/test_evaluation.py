@@ -1,5 +1,7 @@
 """`latentdiff evaluate`: every number with what it rests on, the same after a stop and from several processes."""
 
+# ruff: noqa: F401, F811 - the fixtures of other files
+
 import json
 import os
 import shutil
@@ -14,14 +16,15 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import fails
-from test_clip_guidance import clip_folder  # noqa: F401 - a fixture
-from test_feature_networks import dino_folder  # noqa: F401 - a fixture
-from test_retrieval import Thumbnail, toy_set  # noqa: F401 - a fixture
+from test_clip_guidance import clip_folder
+from test_feature_networks import dino_folder
+from test_retrieval import Thumbnail, toy_set
 
 from latentdiff import cli, efficientnet_lite, emoji, evaluation, feature_networks, retrieval
 from latentdiff.clip_guidance import ClipGuidance
 from latentdiff.data import EmojiPictures
 from latentdiff.distances import frechet_distance
+from latentdiff.evaluation import averaged_weights
 from latentdiff.evaluation_report import fill_card, markdown, read_numbers, rows
 from latentdiff.feature_networks import extract_features
 from latentdiff.latents import to_pixels
@@ -45,7 +48,7 @@ def on_toys(monkeypatch, pictures: emoji.EmojiSet, cache: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_pipeline_folder, toy_set, clip_folder, tmp_path_factory):  # noqa: F811
+def evaluated(tiny_pipeline_folder, toy_set, clip_folder, tmp_path_factory):
     """One evaluation with everything in it: the checkpoint, the folder it wrote, the numbers."""
     folder = tmp_path_factory.mktemp("evaluated")
     checkpoint = folder / "run"
@@ -61,7 +64,7 @@ def evaluated(tiny_pipeline_folder, toy_set, clip_folder, tmp_path_factory):  # 
 
 
 @pytest.fixture
-def evaluate(tiny_pipeline_folder, toy_set, tmp_path, monkeypatch):  # noqa: F811
+def evaluate(tiny_pipeline_folder, toy_set, tmp_path, monkeypatch):
     """Run the command on the tiny checkpoint, toy emoji and a toy judge, without the held-out curve."""
     on_toys(monkeypatch, toy_set, tmp_path / "cache")
     monkeypatch.setattr(evaluation, "held_out_curve", lambda *_, **__: None)
@@ -72,7 +75,7 @@ def drawn(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "pictures").iterdir())}
 
 
-def test_every_number_and_what_it_rests_on(evaluated, toy_set, clip_folder):  # noqa: F811
+def test_every_number_and_what_it_rests_on(evaluated, toy_set, clip_folder):
     """A number without its conditions cannot be compared with any other."""
     checkpoint, folder, found, held_out = evaluated
     how = found["conditions"]
@@ -97,7 +100,7 @@ def test_every_number_and_what_it_rests_on(evaluated, toy_set, clip_folder):  # 
     assert found["likelihood"]["nats"] > 0
 
 
-def test_the_clip_is_asked_about_each_picture_and_its_caption(evaluated, toy_set, clip_folder):  # noqa: F811
+def test_the_clip_is_asked_about_each_picture_and_its_caption(evaluated, toy_set, clip_folder):
     """The cosine would be that of another picture's caption, or wrong captions be right ones."""
     _, folder, found, _ = evaluated
     clip = ClipGuidance.from_pretrained(clip_folder / "clip", scale=1.0)
@@ -116,7 +119,7 @@ def test_the_clip_is_asked_about_each_picture_and_its_caption(evaluated, toy_set
     assert found["clip_score"]["clip"]["sha256"] == folder_sha256(clip_folder / "clip")
 
 
-def test_the_vae_alone_is_measured(evaluated, toy_set):  # noqa: F811
+def test_the_vae_alone_is_measured(evaluated, toy_set):
     """The floor of every distance would be another's: PSNR by its definition, over the pictures that were asked for."""
     checkpoint, _, found, _ = evaluated
     vae = load_pipeline(str(checkpoint), "cpu").vae
@@ -193,6 +196,19 @@ def test_pictures_of_other_settings_are_not_mistaken(evaluate, tmp_path, capsys)
     assert evaluate("--overwrite", steps=3)["conditions"]["drawing"]["num_inference_steps"] == 3
 
 
+def test_the_average_of_the_weights_is_quoted(tiny_pipeline_folder, tmp_path):
+    """Numbers of another average than was drawn with would stand in the table."""
+    assert averaged_weights(tiny_pipeline_folder, None) == "as saved"
+    assert averaged_weights(tiny_pipeline_folder, 0.08) == "EMA of sigma_rel 0.08, reconstructed"
+    for settings, said in (
+        ("max_train_steps: 7", "EMA of decay 0.999"),
+        ("ema_sigma_rel: [0.05, 0.1]", "EMA of sigma_rel 0.05"),
+        ("use_ema: false", "no average"),
+    ):
+        (tmp_path / "train_config.yaml").write_text(settings)
+        assert averaged_weights(tmp_path, None) == said
+
+
 def test_pictures_of_ones_own(evaluate, pictures, tmp_path):
     """Captions of another picture, or emoji's measures for what is none."""
     found = evaluate("--data", pictures)
@@ -226,7 +242,7 @@ def test_mistakes_are_one_line_and_found_before_drawing(
     flags,
     said,
     tiny_pipeline_folder,
-    toy_set,  # noqa: F811
+    toy_set,
     tmp_path,
     monkeypatch,
     capsys,
@@ -238,7 +254,7 @@ def test_mistakes_are_one_line_and_found_before_drawing(
     assert said in fails(capsys, "evaluate", tiny_pipeline_folder, "--output-dir", tmp_path / "out", *flags)
 
 
-def test_two_processes_find_what_one_does(tiny_pipeline_folder, pictures, dino_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_find_what_one_does(tiny_pipeline_folder, pictures, dino_folder, tmp_path, monkeypatch):
     """Each process would draw all pictures, or count its own alone; sums be taken in another order."""
     monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
     flags = ["evaluate", tiny_pipeline_folder, "--data", pictures, "--network", dino_folder, "--count", "8"]

@@ -1,9 +1,11 @@
 """Drawn pictures against real ones: the numbers are those of the distances, beside a floor that is fairly drawn."""
 
+# ruff: noqa: F401, F811 - the fixture of another file
+
 import numpy as np
 import pytest
 import torch
-from test_retrieval import Thumbnail, noise_artist, real_artist, toy_set  # noqa: F401 - a fixture
+from test_retrieval import Thumbnail, noise_artist, real_artist, toy_set
 
 from latentdiff import distances, picture_measures, retrieval
 from latentdiff.config import ConfigError
@@ -56,7 +58,7 @@ def test_too_few_pictures_are_refused():
         measure(features(3), features(50))
 
 
-def test_emoji_are_measured_at_once(toy_set):  # noqa: F811
+def test_emoji_are_measured_at_once(toy_set):
     """The real pictures themselves are at no distance and all found; noise is far and found by chance."""
     network = Thumbnail()
     reference, galleries = emoji_reference(network, toy_set)

@@ -13,7 +13,8 @@ from PIL import Image
 from test_cli import fails
 from test_picture_lists import STEPS, guides, mask, picture, pixels
 
-from latentdiff import LatentDiffPipeline, cli, drawing, redrawing, scheduling_ddim
+from conftest import tiny_components
+from latentdiff import LatentDiffPipeline, cli, drawing, posthoc_ema, redrawing, scheduling_ddim
 from latentdiff.recipe import read_recipe, save_png
 
 
@@ -46,6 +47,23 @@ def test_a_picture_alone_in_a_batch_and_drawn_again(flags, tiny_pipeline_folder,
         again = redraw(path, "--checkpoint", tiny_pipeline_folder)
         assert (pixels(again) == pixels(path)).all() and read_recipe(again) == read_recipe(path)
         assert "the same picture" in capsys.readouterr().out
+
+
+def test_the_average_that_was_chosen_is_in_the_recipe(tiny_pipeline_folder, tmp_path, capsys):
+    """A picture of one average would be drawn again with another, or pass for one of the weights that were saved."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    (folder / posthoc_ema.SNAPSHOTS).mkdir()
+    for step in (10, 20):
+        unet = tiny_components(seed=step)["unet"]
+        posthoc_ema.save_snapshot(folder / posthoc_ema.SNAPSHOTS, "unet", step, 0.1, unet.state_dict(), unet.config)
+    path = draw(folder, tmp_path / "averaged", "--prompts", "a cat", "--ema-sigma-rel", "0.1")
+    other = draw(folder, tmp_path / "saved", "--prompts", "a cat")
+    assert (read_recipe(path).ema_sigma_rel, read_recipe(other).ema_sigma_rel) == (0.1, None)
+    assert (pixels(path) != pixels(other)).any()
+    assert (pixels(redraw(path, "--checkpoint", folder)) == pixels(path)).all()
+    error = fails(capsys, "redraw", path, "--checkpoint", tiny_pipeline_folder, "--anyway", "--overwrite")
+    assert "holds no EMA snapshots" in error
 
 
 def test_seeds_make_noise_that_no_batch_changes(tiny_pipeline_folder, monkeypatch):
