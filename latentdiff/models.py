@@ -46,9 +46,9 @@ UNET_PRESETS: dict[str, dict] = {
         "addition_embed_type_num_heads": 4,
     },
     # Magnitude-preserving: as many operations a picture as "emoji64", as "tiny", and a fifth of the latter's weights.
-    "mp": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (64, 128, 192), "attention_head_dim": 32},
-    "mp-tiny": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (32, 64, 96), "attention_head_dim": 32},
-    "mp-mini": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (12, 24, 48), "attention_head_dim": 12},
+    "mp": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (64, 144, 192), "attention_head_dim": 32},
+    "mp-tiny": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (32, 72, 96), "attention_head_dim": 32},
+    "mp-mini": {"_class_name": "MPUNet2DConditionModel", "block_out_channels": (16, 32, 40), "attention_head_dim": 16},
 }
 UNET_CLASSES = {kind.__name__: kind for kind in (UNet2DConditionModel, MPUNet2DConditionModel)}
 UNet = UNet2DConditionModel | MPUNet2DConditionModel

@@ -1,12 +1,12 @@
 """The magnitude-preserving UNet of EDM2 with text (Karras et al. 2023, arXiv 2312.02696, section 2 and appendix B).
 
-No layer changes the expected magnitude of what goes through it: every filter has unit norm, sums and concatenations are
-scaled for independent terms of unit magnitude, and there are neither biases nor group norms. The stored weights are kept
-at a magnitude of 1 per number by `normalize_weights`, a call after each step of the optimizer, so that the learning rate
-alone decides how fast they turn.
+No layer changes the expected magnitude of what goes through it: every filter has unit norm, sums and concatenations
+are scaled for independent terms of unit magnitude, and there are neither biases nor group norms. The stored weights are
+kept at a magnitude of 1 per number by a call after each step of the optimizer, so that the learning rate alone decides
+how fast they turn.
 
-It is called as `UNet2DConditionModel` is, and gives out what its `prediction_type` says of x_t at a timestep of its noise
-schedule, so that every scheduler and pipeline runs on it. Inside it works on EDM's terms: with
+It is called as `UNet2DConditionModel` is, and gives out what its `prediction_type` says of x_t at a timestep of its
+noise schedule, so that every scheduler and pipeline runs on it. Inside it works on EDM's terms: with
 sigma = sqrt((1 - abar_t) / abar_t) and x = x_t / sqrt(abar_t) = x_0 + sigma epsilon,
 
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                     (arXiv 2206.00364, eq. 7 and table 1)
@@ -142,6 +142,8 @@ class MPAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, text_dim: int | None = None):
         super().__init__()
         self.heads = max(1, channels // head_dim)
+        if channels % self.heads:
+            raise ValueError(f"{channels} channels cannot be shared out among {self.heads} heads of about {head_dim}")
         self.to_q = MPLinear(channels, channels)
         self.to_k = MPLinear(text_dim or channels, channels)
         self.to_v = MPLinear(text_dim or channels, channels)
@@ -368,7 +370,7 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # before attention does.
         said = self.text_embedding[1](mp_silu(self.text_embedding[0](pixel_norm(text.mean(dim=1)))))
         embedding = mp_silu(mp_sum(self.noise_embedding(noise_features), said))
-        x = self.conv_in(x)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # in which all that follows is faster
         skips = [x]
         for block in self.encoder:
             x = self._run(block, x, embedding, text)
