@@ -9,6 +9,7 @@ eyes (Stein et al. 2023, arXiv 2306.04675), are there where their weights are.
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -79,12 +80,12 @@ class InceptionV3(nn.Module):
         except ImportError as error:
             raise ConfigError(
                 f"network: 'inception-v3' needs the package {error.name or 'torch-fidelity'}: "
-                "pip install torch-fidelity"
+                "pip install torch-fidelity torchvision"
             ) from None
         try:
             with _only_weights_unpickled():
                 self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"])
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnpicklingError) as error:
             folder = Path(torch.hub.get_dir()) / "checkpoints"
             raise ConfigError(
                 f"network: the weights of 'inception-v3' cannot be loaded ({_first_line(error)}); put "

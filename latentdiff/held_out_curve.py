@@ -7,7 +7,9 @@ arXiv 2107.00630, eq. 18).
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,8 +115,10 @@ def training_schedule(scheduler) -> DDPMScheduler:
 
 def _all_errors(loss: HeldOutLoss, unet: torch.nn.Module, scheduler: DDPMScheduler, batch_size: int) -> HeldOutErrors:
     """Those of all processes, in the order of one."""
-    state = PartialState()
-    mine = loss.errors(unet, scheduler, batch_size, share=(state.process_index, state.num_processes))
+    state, autocast = PartialState(), nullcontext
+    if unet.dtype != torch.float32:  # the questions are in fp32
+        autocast = partial(torch.autocast, unet.device.type, unet.dtype)
+    mine = loss.errors(unet, scheduler, batch_size, autocast, share=(state.process_index, state.num_processes))
     found = dict(gather_object(list(mine.items())))
     return HeldOutErrors.joined(found[number] for number in sorted(found))
 

@@ -38,7 +38,7 @@ class Pictures:
 class Knows:
     """A network that takes x_0 for 0 whatever it sees, and says so in any of the ways to say it."""
 
-    device, training = torch.device("cpu"), False
+    device, dtype, training = torch.device("cpu"), torch.float32, False
 
     def __init__(self, scheduler):
         self.kind, self.abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
@@ -111,6 +111,13 @@ def test_levels_that_a_schedule_does_not_reach_are_left_out():
     points = curve_of_what_knows("stable diffusion", "epsilon", count=60).over_log_snr
     assert points[0].low == -6 and points[-1].high == 6 and len(points) == 12
     assert points[0].count < 0.6 * points[1].count  # of the bin from -6 to -5 it reaches a third
+
+
+def test_networks_in_half_precision_are_asked_the_same():
+    """A checkpoint that is loaded in half precision could not be measured."""
+    full = held_out_curve(pipeline_on(), Pictures())
+    half = held_out_curve(pipeline_on().to(torch.bfloat16), Pictures())
+    assert half.epsilon == pytest.approx(full.epsilon, rel=0.02) and half.epsilon != full.epsilon
 
 
 def test_no_held_out_pictures_no_curve():
