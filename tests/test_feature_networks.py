@@ -118,7 +118,7 @@ def test_networks_that_are_not_to_be_had_are_named(tmp_path, tiny_pipeline_folde
         feature_networks.load(str(tmp_path))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ConfigError, match="'inception-v3' needs the package .*: pip install torch-fidelity torchvision"):
+    with pytest.raises(ConfigError, match="'inception-v3' needs the package .*: pip install torch-fidelity torch"):
         feature_networks.load("inception-v3")
 
 
