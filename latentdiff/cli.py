@@ -4,14 +4,17 @@ Nothing here imports torch or diffusers, so that `--help`, completion and a mist
 """
 
 import importlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
+from .cli_base import Drawing, at_least_1, within
 from .cli_errors import parse_flags, parse_train_config, user_errors
+from .cli_measuring import Backgrounds, Evaluate, ReconstructEma, Retrieval, SweepEma
 from .config import ConfigError, TrainConfig
 from .serve import Serve
 
@@ -24,80 +27,6 @@ Completion of commands and flags by the shell's TAB key, here for bash (zsh and 
 
   latentdiff --tyro-write-completion bash ~/.local/share/bash-completion/completions/latentdiff
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """What every command that draws takes."""
-
-    checkpoint: tyro.conf.Positional[str]
-    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
-    num_inference_steps: int = 50
-    """Denoising steps."""
-    guidance_scale: float = 7.5
-    """Weight of classifier-free guidance; 1 is none."""
-    seed: int = 0
-    """Picture i starts from the noise of seed + i."""
-    batch_size: int = 32
-    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
-    device: str | None = None
-    """As torch names it; by default cuda where there is one, else cpu."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing(Command):
-    """What `generate`, `edit` and `interpolate` share."""
-
-    batch_size: int = 8
-    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
-    negative_prompt: str = ""
-    """What guidance leads away from."""
-    scheduler: Literal["ddim", "ddpm", "euler", "dpm++", "unipc"] | None = None
-    """By default the checkpoint's own."""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
-    """How a few steps are spread over all; by default as the checkpoint says."""
-    karras_sigmas: bool = False
-    """Noise levels as in arXiv 2206.00364, for euler, dpm++ and unipc."""
-    eta: float = 0.0
-    """Noise that ddim adds at each step, from 0 to 1."""
-    guidance_rescale: float = 0.0
-    """Keeps strong guidance from burning out the colours (arXiv 2305.08891); from 0 to 1."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide between these noise levels alone, such as 0.3 5 or 0.3 inf (arXiv 2404.07724)."""
-    guide_unet: Path | None = None
-    """Folder of a worse UNet, or of a pipeline with one, to lead away from instead (arXiv 2406.02507)."""
-    clip_guidance: float | None = None
-    """Scale of guidance by a CLIP (arXiv 2112.10741); needs --clip."""
-    clip: Path | None = None
-    """Folder of that CLIP."""
-    prompt_weights: bool = False
-    """Read "a (red:1.3) apple" as a weight."""
-    long_prompts: bool = False
-    """Read all of a prompt that is longer than the text encoder's limit."""
-    ema_sigma_rel: float | None = None
-    """Draw with the average of the weights of this relative width, such as 0.08, which is made of the snapshots of a
-    run with --ema_sigma_rel (arXiv 2312.02696); by default with the weights that were saved."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the networks; fp16 and bf16 are for GPUs."""
-    overwrite: bool = False
-    """Replace files that hold something else. Pictures that are there with the same recipe are not drawn again."""
-
-    def __post_init__(self) -> None:
-        at_least_1(self, "num_inference_steps", "batch_size")
-        within(self, 0, 2**63 - 1, "seed")
-        within(self, 0, 1, "eta", "guidance_rescale")
-        within(self, -1e6, 1e6, "guidance_scale")
-        if self.clip_guidance is not None:
-            within(self, 0, 1e6, "clip_guidance")
-        low, high = self.guidance_interval or (0, 1)
-        if not 0 <= low < high:
-            raise ConfigError(f"--guidance-interval is {low:g} {high:g}; it must be two noise levels, 0 <= low < high")
-        if (self.clip is None) != (self.clip_guidance is None):
-            raise ConfigError("--clip-guidance SCALE and --clip FOLDER go together: give both or none")
-        if self.karras_sigmas and self.scheduler not in (None, "euler", "dpm++", "unipc"):
-            raise ConfigError(f"--karras-sigmas: is for euler, dpm++ and unipc, not for {self.scheduler}")
-        if self.guide_unet is not None and self.negative_prompt:
-            raise ConfigError("--negative-prompt: has no effect with --guide-unet, which is led away from instead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +222,8 @@ class Push:
     """Branch; by default main."""
     message: str = "Upload with latentdiff"
     """Of the commit."""
+    ema_snapshots: bool = False
+    """Take along what averages of other lengths are made of: many times the size of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,68 +242,6 @@ class Pull:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Drawing):
-    """Measure what a checkpoint draws against real pictures: distances, retrieval, losses, and what each rests on.
-
-    latentdiff evaluate checkpoints/emoji64 --guidance-scale 4 --num-inference-steps 20 --output-dir evaluated
-
-    Pictures that are there are not drawn again, so what was interrupted goes on when the same command is given again.
-    `accelerate launch -m latentdiff.cli evaluate …` shares the work among processes.
-    """
-
-    output_dir: Path
-    """Folder for the pictures with their recipes, evaluation.json, a table and a plot."""
-    count: int = 500
-    """Captions to draw, one picture each. Numbers of different counts cannot be compared."""
-    data: Path | None = None
-    """Folder of one's own pictures with captions, which training has not seen; by default the embedded emoji."""
-    network: str = "efficientnet-lite0"
-    """What looks at the pictures: efficientnet-lite0, inception-v3, or the folder or Hub id of a DINOv2."""
-    clip_score: Path | None = None
-    """Folder of a CLIP that says how well pictures and captions match."""
-    likelihood: bool = False
-    """Bound the likelihood of the held-out pictures, too."""
-    fill_card: bool = False
-    """Put the numbers and the plot into the model card in the checkpoint's folder."""
-    batch_size: int = 32
-    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_1(self, "count")
-        if self.data is not None and not self.data.is_dir():
-            raise ConfigError(f"--data {self.data}: no such folder")
-        if self.fill_card and not (Path(self.checkpoint) / "README.md").is_file():
-            raise ConfigError(f"--fill-card: {self.checkpoint} has no README.md, the card to fill")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieval(Command):
-    """Measure whether drawn emoji are found again among the real ones: R@1, R@10, their ceiling and floor.
-
-    latentdiff retrieval checkpoints/emoji64 --output retrieval.json
-    """
-
-    count: int = 500
-    """Training captions to draw, half of each style."""
-    output: Path | None = None
-    """JSON file for the numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backgrounds(Command):
-    """Measure emoji on background colours they were never trained with: the colour drawn, and retrieval.
-
-    latentdiff backgrounds checkpoints/emoji64
-    """
-
-    count: int = 240
-    """Held-out pairs of emoji and background to draw, and as many that were trained on."""
-    output: Path | None = None
-    """JSON file for the numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Check:
     """Look before training: takes every flag of train_text2img.py (which `latentdiff check --help` lists) and says
     what it finds in pictures, captions, VAE, disk, time and memory.
@@ -381,22 +250,6 @@ class Check:
     """
 
     config: tyro.conf.Suppress[TrainConfig | None] = None
-
-
-def at_least_1(command: Any, *names: str) -> None:
-    """Raise a ConfigError that names the flag unless the values are positive."""
-    for name in names:
-        if getattr(command, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must be at least 1")
-
-
-def within(command: Any, low: float, high: float, *names: str) -> None:
-    """Raise a ConfigError that names the flag unless the values lie between two."""
-    for name in names:
-        if not low <= getattr(command, name) <= high:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is {getattr(command, name)}; it must lie in {low:g} … {high:g}"
-            )
 
 
 # The module that does what a command says, in a function of the command's name.
@@ -411,9 +264,18 @@ COMMANDS = {
     Evaluate: "evaluation",
     Retrieval: "measuring",
     Backgrounds: "measuring",
+    ReconstructEma: "ema_reconstruction",
+    SweepEma: "ema_sweep",
     Check: "measuring",
 }
-NAMES = {kind.__name__.lower(): kind for kind in COMMANDS}
+
+
+def command_name(kind: type) -> str:
+    """What a command is called on the command line; its function is called so with underscores."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()
+
+
+NAMES = {command_name(kind): kind for kind in COMMANDS}
 STYLE = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
@@ -437,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         command = parse(argv)
         module = importlib.import_module(f".{COMMANDS[type(command)]}", __package__)
-        getattr(module, type(command).__name__.lower())(command)
+        getattr(module, command_name(type(command)).replace("-", "_"))(command)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from . import __version__, feature_networks
-from .cli import Evaluate
+from .cli_measuring import Evaluate
 from .clip_guidance import ClipGuidance
 from .config import ConfigError, TrainConfig, cache_folder, read_config
 from .drawing import draw_recipes

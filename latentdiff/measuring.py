@@ -5,7 +5,9 @@ from pathlib import Path
 from . import backgrounds as composition
 from . import feature_networks, preflight
 from . import retrieval as prompts
-from .cli import Backgrounds, Check, Command, Retrieval
+from .cli import Check
+from .cli_base import Command
+from .cli_measuring import Backgrounds, Retrieval
 from .config import ConfigError
 from .loading import load_pipeline
 

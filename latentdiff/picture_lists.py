@@ -11,7 +11,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import __version__
-from .cli import Drawing, Edit, Generate, Interpolate, PictureList
+from .cli import Edit, Generate, Interpolate, PictureList
+from .cli_base import Drawing
 from .config import ConfigError
 from .drawing import draw_recipes, open_input
 from .grid import labelled_grid

@@ -22,6 +22,7 @@ from latentdiff.finishing import training_command
             "validation_prompts": ("a cat", 'it\'s "a" $dog'),
         },
         {"unet": "pretrained", "task": "inpaint"},
+        {"ema_sigma_rel": (0.05, 0.1), "ema_snapshot_steps": 50},
         {"unet": "tiny", "pretrained_model_name_or_path": "x/y", "dataset_name": "my data"},
     ],
     ids=str,

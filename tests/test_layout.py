@@ -43,7 +43,9 @@ ALLOWED = {
     "optimizers": {"config"},
     "recipe": {"config"},
     "grid": set(),
-    "cli": {"cli_errors", "config", "serve"},
+    "cli": {"cli_base", "cli_errors", "cli_measuring", "config", "serve"},
+    "cli_base": {"config"},
+    "cli_measuring": {"cli_base", "config"},
     "cli_errors": {"config"},
     "loading": {
         "clip_guidance",
