@@ -1,10 +1,10 @@
 """Kill a training run again and again at random moments and compare what it ends with: `python tests/kill_stress.py`.
 
 An uninterrupted run at toy size is the reference: pictures are cached, trained on, validated, checkpointed at every
-other step and pushed at the end. Then the same run, with a cache of its own, is started, killed with SIGKILL at a
-moment drawn between its first sign of life and its end, and resumed with `--resume_from_checkpoint latest`, so many
-times in a row; at last it may finish. Weights, average, optimizer state and loss log must be the reference's to the
-last bit, and so must what was pushed.
+other step and pushed at the end; the averages of two widths leave snapshots. Then the same run, with a cache of its
+own, is started, killed with SIGKILL at a moment drawn between its first sign of life and its end, and resumed with
+`--resume_from_checkpoint latest`, so many times in a row; at last it may finish. Weights, averages and their snapshots,
+optimizer state and loss log must be the reference's to the last bit, and so must what was pushed.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from hub_server import TOKEN
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
 STEPS = 24
+AVERAGES = ("--ema_sigma_rel", "0.05", "0.1", "--ema_snapshot_steps", "3")
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def start(output: Path, model: Path, pictures: Path, repo: str) -> subprocess.Po
         environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
         environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [sys.executable, SCRIPT, *flags, "--random_flip", "--push_to_hub"],
+            [sys.executable, SCRIPT, *flags, *AVERAGES, "--random_flip", "--push_to_hub"],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
 

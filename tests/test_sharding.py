@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import kill_stress
 import test_distributed
 from latentdiff.config import ConfigError, TrainConfig, preset
+from latentdiff.posthoc_ema import SNAPSHOTS
 from latentdiff.sharding import sharding_plugin
 from test_distributed import log
 
@@ -28,12 +29,14 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
+PARTS = ("unet", "unet_ema", "unet_ema_0.05")  # of a checkpoint
 ON_CPU = (Path(__file__).with_name("fsdp2_on_cpu.py"), kill_stress.SCRIPT)
 # Without the cache every process needs its own text encoder, the prompt makes all of them draw, and the gradient's norm
-# is above the limit at most steps.
+# is above the limit at most steps. Averages of two widths are kept, with snapshots.
 SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": 5, "validation_steps": 10, "validation_inference_steps": 2}
 SETTINGS |= {"max_grad_norm": 0.3}
 WORDS = ("--no-cache_latents", "--gradient_checkpointing", "--validation_prompts", "a cat")
+WORDS += ("--ema_sigma_rel", "0.1", "0.05", "--ema_snapshot_steps", "5")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,11 @@ def assert_close(ours: Path, theirs: Path) -> None:
     assert len(log(ours)) == STEPS + 3
     for line, other in zip(log(ours), log(theirs), strict=True):
         assert line == pytest.approx(other, rel=1e-5)
-    for part in ("unet", f"checkpoint-{STEPS}/unet", f"checkpoint-{STEPS}/unet_ema"):
-        ours_, theirs_ = (load_file(run / part / "diffusion_pytorch_model.safetensors") for run in (ours, theirs))
-        torch.testing.assert_close(ours_, theirs_, rtol=0, atol=2e-6)
+    parts = ["unet", *(f"checkpoint-{STEPS}/{part}" for part in PARTS)]
+    files = [f"{part}/diffusion_pytorch_model.safetensors" for part in parts]
+    files += [path.relative_to(theirs) for path in (theirs / SNAPSHOTS).iterdir()]
+    for file in files:
+        torch.testing.assert_close(load_file(ours / file), load_file(theirs / file), rtol=0, atol=2e-6)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
