@@ -65,8 +65,8 @@ class EMA:
 class PowerEMA(EMA):
     """A power-function average (arXiv 2312.02696, equation 8), whose length grows with the run.
 
-    It holds nothing of the initial weights. In float32 its distance to the same sum in float64 stays near the rounding
-    of the weights themselves.
+    It holds nothing of the initial weights. What a step adds becomes small beside what float32 holds: measured on
+    weights that wander, it is 2e-6 off the same average in float64 after 1e5 steps, and 4e-4 after 1e6.
 
     Args:
         sigma_rel: its relative width, see `posthoc_ema`.

@@ -143,3 +143,19 @@ def test_snapshots_are_pushed_where_that_is_asked_for(run, hub, tmp_path, capsys
     assert network_equals(fetched, reconstructions(run / SNAPSHOTS, 0.08)["unet"].tensors())
     shutil.rmtree(run / SNAPSHOTS)
     assert "--ema-snapshots: " in fails(capsys, "push", run, f"{USER}/whole", "--ema-snapshots")
+
+
+def test_averages_of_a_magnitude_preserving_unet(train):
+    """Its averages have shorter filters than it was trained with, and its class is none of diffusers'."""
+    run = train(**TRACKED, unet="mp-mini", resolution=16)
+    cli.main(["reconstruct-ema", str(run), "--sigma-rel", "0.08"])
+    pipeline = LatentDiffPipeline.from_pretrained(run, ema_sigma_rel=0.08)
+    wanted = pipeline.unet.state_dict()
+    assert network_equals(type(pipeline.unet).from_pretrained(run / "unet-ema-0.080"), wanted)
+    assert not network_equals(LatentDiffPipeline.from_pretrained(run).unet, wanted)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cat", num_inference_steps=1, output_type="pt", height=16, width=16).images
+    assert torch.isfinite(image).all()
+    guided = ["generate", str(run), "--prompts", "a cat", "--num-inference-steps", "1", "--height", "16"]
+    guided += ["--width", "16", "--guide-unet", str(run / "unet-ema-0.080"), "--output-dir", str(run / "drawn")]
+    cli.main(guided)
