@@ -14,7 +14,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 
 from . import __version__, feature_networks
@@ -271,18 +270,12 @@ def clip_score(clip: Network, questions: Questions, images: Sequence[Image.Image
 
 
 def _likelihood(networks: Networks, questions: Questions) -> dict[str, Any]:
-    from .bounds import Bound
     from .likelihood import bound_of_pictures
 
     pictures = questions.held_out
     rows = np.flatnonzero(pictures.held_out)[:MAX_HELD_OUT].tolist()
-    state = PartialState()
-    mine = list(range(len(rows)))[state.process_index :: state.num_processes]
-    parts = []
-    if mine:
-        images, captions = [pictures.image(row) for row in rows], [pictures.captions[row][0] for row in rows]
-        parts = [bound_of_pictures(networks.pipeline, images, captions, indices=mine)]
-    values = Bound.joined(gather_object(parts)).as_dict()
+    images, captions = [pictures.image(row) for row in rows], [pictures.captions[row][0] for row in rows]
+    values = bound_of_pictures(networks.pipeline, images, captions).as_dict()
     return {name: value for name, value in values.items() if name not in ("terms", "per_picture")}
 
 

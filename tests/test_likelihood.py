@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from conftest import tiny_components
-from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffPipeline, emoji, likelihood
+from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffPipeline, bound_terms, emoji, likelihood
 from latentdiff.bounds import Bound
 from latentdiff.config import ConfigError
 from latentdiff.latents import encode_moments, to_pixels
@@ -213,7 +213,7 @@ def posterior(scheduler, t: int, x_t: torch.Tensor, x_0: torch.Tensor) -> Normal
 def test_terms_are_the_divergences_of_their_gaussians(name, prediction_type, variance_type):
     """torch.distributions' own: a term would belong to another timestep, or to the wrong mean or variance."""
     scheduler = schedule(**SCHEDULES[name], prediction_type=prediction_type, variance_type=variance_type)
-    process, generator = likelihood.reverse_process(scheduler), torch.Generator().manual_seed(1)
+    process, generator = bound_terms.reverse_process(scheduler), torch.Generator().manual_seed(1)
     timesteps = torch.tensor([1, 2, 500, 998, 999])
     x_0, guess, noise = torch.randn(3, len(timesteps), 2, 3, 3, generator=generator, dtype=torch.float64)
     learned = torch.rand(noise.shape, generator=generator, dtype=torch.float64) + 0.01
@@ -224,7 +224,7 @@ def test_terms_are_the_divergences_of_their_gaussians(name, prediction_type, var
     output = training_target(prediction_type, guess, wrong_noise, abar, timesteps)
     if variance_type == "learned":
         output = torch.cat([output, learned], dim=1)
-    terms = likelihood.denoising_term(process, output, x_0, x_t, timesteps, 0.1)
+    terms = bound_terms.denoising_term(process, output, x_0, x_t, timesteps, 0.1)
     for i, t in enumerate(timesteps.tolist()):
         # Where all is noise, an epsilon says nothing, and the chain takes the mean of centred data.
         said = torch.zeros_like(guess[i]) if prediction_type == "epsilon" and abar[t] == 0 else guess[i]
@@ -240,14 +240,14 @@ def test_the_ends_are_what_they_are_called():
     of the stated variance."""
     x_0 = PICTURES[:3]
     for settings in SCHEDULES.values():
-        process = likelihood.reverse_process(schedule(**settings))
+        process = bound_terms.reverse_process(schedule(**settings))
         abar = process.alphas_cumprod[-1]
         q = Normal(abar.sqrt() * x_0, (1 - abar).sqrt())
         expected = kl_divergence(q, Normal(torch.zeros_like(x_0), 1.0)).flatten(1).sum(dim=1)
-        assert likelihood.prior_term(process, x_0) == pytest.approx(expected, rel=1e-9)
+        assert bound_terms.prior_term(process, x_0) == pytest.approx(expected, rel=1e-9)
         assert abar > 0 or expected.max() == 0
-    process, t = likelihood.reverse_process(schedule(prediction_type="sample")), torch.zeros(3, dtype=torch.int64)
-    terms = likelihood.denoising_term(process, x_0 + 0.1, x_0, x_0, t, 0.04)
+    process, t = bound_terms.reverse_process(schedule(prediction_type="sample")), torch.zeros(3, dtype=torch.int64)
+    terms = bound_terms.denoising_term(process, x_0 + 0.1, x_0, x_0, t, 0.04)
     assert terms == pytest.approx(-Normal(0.0, 0.2).log_prob(torch.tensor(0.1)).item() * torch.ones(3) * DIMENSIONS)
 
 
@@ -256,13 +256,13 @@ def test_the_chain_is_the_one_that_draws():
     t, x_0 = torch.tensor([300]), PICTURES[:1].clamp(-1, 1)
     free, clipped = (schedule(prediction_type="sample", clip_sample=clip) for clip in (False, True))
     one, other = (
-        likelihood.denoising_term(likelihood.reverse_process(scheduler), output, x_0, x_0, t, 1.0)
+        bound_terms.denoising_term(bound_terms.reverse_process(scheduler), output, x_0, x_0, t, 1.0)
         for scheduler, output in ((free, (3 * x_0).clamp(-1, 1)), (clipped, 3 * x_0))
     )
     assert one == other > 0
     # A saved pipeline's DDIM says nothing of variances, and diffusers' scheduler is as good as ours.
-    assert likelihood.reverse_process(DDIMScheduler(**EMOJI64)).variance_type == "fixed_large"
-    assert likelihood.reverse_process(schedule()).variance_type == "fixed_small"
+    assert bound_terms.reverse_process(DDIMScheduler(**EMOJI64)).variance_type == "fixed_large"
+    assert bound_terms.reverse_process(schedule()).variance_type == "fixed_small"
 
 
 # ----------------------------------------------------------------------------------------------------- estimating it
@@ -277,7 +277,7 @@ def test_drawn_timesteps_stand_for_all(name):
         generator = torch.Generator().manual_seed(0)
         sums = []
         for _ in range(300):
-            timesteps, weights = likelihood.stratified_timesteps(abar, 9, generator)
+            timesteps, weights = bound_terms.stratified_timesteps(abar, 9, generator)
             assert timesteps[0] == 0 and weights[0] == 1 and (timesteps[1:] > 0).all() and (timesteps.diff() >= 0).all()
             sums.append((terms[timesteps] * weights).sum())
         sums = torch.stack(sums)
@@ -379,8 +379,6 @@ def test_pictures_are_measured_as_the_unet_is_trained():
     for i, caption in enumerate(captions):
         expected = pipeline.encode_prompt([caption], "cpu", 1, False)[0][0]
         assert torch.allclose(text[5 * i], expected, atol=1e-5)
-    share = likelihood.bound_of_pictures(pipeline, images, captions, indices=[2], **how)
-    assert share.per_picture[0] == pytest.approx(float(bound.per_picture[2]), rel=1e-5)
     assert likelihood.held_out_bound(pipeline, count=3, **how).nats == pytest.approx(bound.nats, rel=1e-5)
 
 
