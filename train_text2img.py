@@ -15,11 +15,12 @@ from latentdiff.checkpoint import (
 )
 from latentdiff.cli_errors import run_training
 from latentdiff.config import TrainConfig
+from latentdiff.deepspeed_zero import is_zero
 from latentdiff.divergence import DivergenceWatch
 from latentdiff.ema import check_same_ema, make_ema
 from latentdiff.ema_snapshots import EMASnapshots
 from latentdiff.finishing import finish
-from latentdiff.models import trained_model
+from latentdiff.models import networks_of, trained_model
 from latentdiff.optimizers import check_same_optimizer, make_optimizer
 from latentdiff.preflight import say_first_look
 from latentdiff.stopping import StopSignals
@@ -34,7 +35,7 @@ from latentdiff.training import (
     training_loss,
 )
 from latentdiff.training_data import load_data
-from latentdiff.weight_norm import ForcedWeightNorm, forces_weight_norm
+from latentdiff.weight_norm import make_weight_norm
 
 
 def main(config: TrainConfig) -> None:
@@ -54,7 +55,9 @@ def main(config: TrainConfig) -> None:
     learning_rate = learning_rate_at(config, total_steps)
 
     model, optimizer = accelerator.prepare(model, optimizer)
-    weight_norm = ForcedWeightNorm(accelerator.unwrap_model(model)) if forces_weight_norm(config, unet) else None
+    weight_norm = make_weight_norm(
+        config, networks_of(accelerator.unwrap_model(model))["unet"], is_zero=is_zero(accelerator)
+    )
     ema = make_ema(config, accelerator.unwrap_model(model))
     save_weights_as_diffusers_does(accelerator, accelerator.unwrap_model(model), ema)
     first_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0

@@ -1,10 +1,12 @@
 """latentdiff: captioned pictures in, a published text-to-image model out, on Hugging Face diffusers."""
 
 # Imported eagerly: diffusers finds a scheduler class by its module's name in sys.modules when it loads a pipeline.
+from .mp_unet import MPUNet2DConditionModel
 from .pipelines.img2img import LatentDiffImg2ImgPipeline
 from .pipelines.inpaint import LatentDiffInpaintPipeline
 from .pipelines.interpolate import LatentDiffInterpolatePipeline
 from .pipelines.invert import LatentDiffInversionPipeline
+from .pipelines.portable_saving import OWN_UNETS
 from .pipelines.text2img import LatentDiffPipeline
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
@@ -18,4 +20,7 @@ __all__ = [
     "LatentDiffInterpolatePipeline",
     "LatentDiffInversionPipeline",
     "LatentDiffPipeline",
+    "MPUNet2DConditionModel",
 ]
+
+OWN_UNETS[MPUNet2DConditionModel.__name__] = MPUNet2DConditionModel

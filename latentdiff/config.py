@@ -167,6 +167,9 @@ class TrainConfig:
     small (1e-8 in the middle of the UNet, at 0.02) that the usual value would halve the steps there."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped."""
+    learned_uncertainty: bool = False
+    """Let a new magnitude-preserving UNet learn how large its error is at each noise level, and divide the loss by it,
+    so that all levels count the same (arXiv 2312.02696, appendix B.2)."""
     force_weight_norm: bool = False
     """Bring every filter back to the length it began with after each optimizer step, so that the learning rate alone
     decides how fast it turns (arXiv 2312.02696, section 2.3); a magnitude-preserving UNet always does."""
@@ -241,6 +244,13 @@ class TrainConfig:
             raise ConfigError("beta_start and beta_end: have no effect with beta_schedule squaredcos_cap_v2")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps != TrainConfig.lr_warmup_steps:
             raise ConfigError("lr_warmup_steps: has no effect with lr_scheduler constant; take constant_with_warmup")
+        decay_start = self.lr_decay_start_steps
+        if self.lr_scheduler != "inverse_sqrt" and decay_start != TrainConfig.lr_decay_start_steps:
+            raise ConfigError(f"lr_decay_start_steps: has no effect with lr_scheduler {self.lr_scheduler}")
+        if self.force_weight_norm and self.lora_rank is not None:
+            raise ConfigError("force_weight_norm: has no effect with lora_rank, under which no filter is trained")
+        if self.learned_uncertainty:
+            _check_uncertainty(self)
         if self.task == "inpaint" and self.validation_prompts not in (TrainConfig.validation_prompts, ()):
             raise ConfigError("validation_prompts: have no effect with task inpaint, which paints pictures of the data")
         _check_optimizer(self)
@@ -305,6 +315,15 @@ def _check_power_ema(config: TrainConfig) -> None:
         raise ConfigError("ema_sigma_rel: is for whole networks; the average of adapters (lora_rank) has ema_decay")
 
 
+def _check_uncertainty(config: TrainConfig) -> None:
+    if config.unet == "pretrained":
+        raise ConfigError("learned_uncertainty: is for new weights; a pretrained UNet goes on with what it has")
+    if config.snr_gamma is not None:
+        raise ConfigError(
+            f"snr_gamma: {config.snr_gamma} contradicts learned_uncertainty, which weighs noise levels itself; say None"
+        )
+
+
 def _check_lora(config: TrainConfig) -> None:
     if config.unet != "pretrained":
         raise ConfigError(f"lora_rank: adapters stand on a pretrained UNet; unet is {config.unet!r}, not 'pretrained'")
@@ -343,7 +362,8 @@ def _is_a(value, kind) -> bool:
 
 def _check_ranges(config: TrainConfig) -> None:
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                 "validation_steps", "logging_steps", "validation_inference_steps", "crops_per_picture"):  # fmt: skip
+                 "validation_steps", "logging_steps", "validation_inference_steps", "crops_per_picture",
+                 "lr_decay_start_steps"):  # fmt: skip
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
     for name in ("caption_dropout", "held_out_fraction", "max_rejected_fraction"):

@@ -7,12 +7,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
 
 from .clip_guidance import ClipGuidance
 from .config import ConfigError
-from .models import hide_loading_bars
+from .models import hide_loading_bars, unet_class
 from .pipelines.text2img import LatentDiffPipeline
 from .recipe import Ingredient, Recipe, folder_ingredient
 from .scheduling_ddim import DDIMScheduler
@@ -131,7 +130,7 @@ def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
     if (folder / "unet" / "config.json").is_file():
         folder = folder / "unet"
     try:
-        unet = UNet2DConditionModel.from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
+        unet = unet_class(folder).from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--guide-unet {folder}: no UNet can be loaded from it: {_first_line(error)}") from None
     return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))

@@ -202,6 +202,7 @@ def build_unet(
     seed: int,
     in_channels: int | None = None,
     schedule: Mapping | None = None,
+    learned_uncertainty: bool = False,
 ) -> UNet:
     """A UNet with new weights.
 
@@ -212,9 +213,10 @@ def build_unet(
         seed: of the weights.
         in_channels: of what it is given, where that is more than the latents.
         schedule: the scheduler's configuration, which a magnitude-preserving UNet has to know.
+        learned_uncertainty: of such a one.
 
     Raises:
-        ConfigError: unknown preset.
+        ConfigError: unknown preset, or uncertainty of a plain UNet.
     """
     if preset in UNET_PRESETS:
         arguments = dict(UNET_PRESETS[preset])
@@ -234,13 +236,20 @@ def build_unet(
     }
     if kind is MPUNet2DConditionModel:
         fixed |= {name: schedule[name] for name in SCHEDULE_SETTINGS if schedule and name in schedule}
+        fixed |= {"learned_uncertainty": learned_uncertainty}
+    elif learned_uncertainty:
+        mp = ", ".join(name for name, settings in UNET_PRESETS.items() if "_class_name" in settings)
+        raise ConfigError(f"learned_uncertainty: is for magnitude-preserving UNets ({mp}); unet is {preset!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # initial weights are drawn from the global generator
         return kind(**{**arguments, **fixed})
 
 
-def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
+def widen_input(unet: UNet, in_channels: int) -> None:
     """Give a UNet more input channels, behind its own. Their weights are zero: what it puts out is still the same."""
+    if isinstance(unet, MPUNet2DConditionModel):
+        unet.widen_input(in_channels)
+        return
     old = unet.conv_in
     new = torch.nn.utils.skip_init(
         torch.nn.Conv2d, in_channels, old.out_channels, old.kernel_size, padding=old.padding, dtype=old.weight.dtype

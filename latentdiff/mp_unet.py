@@ -16,7 +16,9 @@ For latents of unit variance (sigma_data = 1) c_in x is x_t itself, and F is the
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,111 +29,24 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
+from .mp_layers import (
+    SILU_MAGNITUDE,
+    FourierFeatures,
+    MPConv2d,
+    MPLinear,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize_weights,
+    pixel_norm,
+)
 from .noise_schedule import PREDICTION_TYPES, alphas_cumprod, check_choice, make_betas, noise_levels
 
 RESIDUAL = 0.3  # the weight of a residual branch
-SILU_MAGNITUDE = 0.596  # of SiLU(x) for x ~ N(0, 1)
 LARGEST_SIGMA = 1e4  # what an infinite noise level, that of zero terminal SNR, is told to the network as
 # What a scheduler says of the noise and of what is predicted; the network's configuration says the same.
 SCHEDULE_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr",
             "prediction_type")  # fmt: skip
-
-# ---- magnitude-preserving operations ---------------------------------------------------------------------------------
-
-
-def pixel_norm(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """Scaled to a root mean square of 1 over `dim` (eq. 30)."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    return x * (x.shape[dim] ** 0.5 / norm.clamp(min=1e-4)).to(x.dtype)
-
-
-def mp_silu(x: torch.Tensor) -> torch.Tensor:
-    """SiLU at the magnitude of its input (eq. 81)."""
-    return F.silu(x) / SILU_MAGNITUDE
-
-
-def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
-    """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2) (eq. 88)."""
-    norm = math.hypot(1 - t, t)
-    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
-
-
-def mp_cat(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Channels of both (B, C, …), scaled so that each is half of what follows, however many it has (eq. 103)."""
-    n_a, n_b = a.shape[1], b.shape[1]
-    if n_a != n_b:
-        a, b = a * ((n_a + n_b) / 2 / n_a) ** 0.5, b * ((n_a + n_b) / 2 / n_b) ** 0.5
-    return torch.cat([a, b], dim=1)
-
-
-def _filter_norms(weight: torch.Tensor) -> torch.Tensor:
-    """The norm of each filter along the first dimension, in float32, shaped to divide them."""
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True, dtype=torch.float32)
-
-
-def _unit_filters(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-    """Each filter at the norm `gain`. Gradients lose what would only lengthen a filter (eq. 67)."""
-    return weight * (gain / _filter_norms(weight).clamp(min=1e-12)).to(weight.dtype)
-
-
-class MPLinear(nn.Linear):
-    """A linear layer without bias whose rows act at unit norm, whatever norm is stored, as that of an average is."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, _unit_filters(self.weight))
-
-
-class MPConv2d(nn.Conv2d):
-    """A convolution without bias whose filters act at unit norm, or at that of `gain`."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight)
-
-    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-        return F.conv2d(x, _unit_filters(self.weight, gain), padding=self.padding)
-
-
-@torch.no_grad()
-def normalize_weights(module: nn.Module) -> None:
-    """Forced weight normalisation: after a step of the optimizer every stored filter gets the norm sqrt(fan-in) back, a
-    magnitude of 1 per number (section 2.3). What the layers compute stays the same.
-
-    Of a module that is sharded along the first dimension each process does its own filters.
-    """
-    weights = [layer.weight for layer in module.modules() if isinstance(layer, MPLinear | MPConv2d)]
-    weights = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
-    norms = [_filter_norms(weight).clamp_(min=1e-12) for weight in weights]
-    torch._foreach_reciprocal_(norms)
-    torch._foreach_mul_(norms, [math.prod(weight.shape[1:]) ** 0.5 for weight in weights])
-    torch._foreach_mul_(weights, norms)
-
-
-class FourierFeatures(nn.Module):
-    """Numbers (B,) -> float32 cosines (B, C) of magnitude 1 (eq. 75).
-
-    Frequencies and phases are the evenly spaced quantiles of the distributions that the paper draws them from, so that
-    no precision in which the weights are kept rounds them.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        number = torch.arange(self.channels, device=x.device, dtype=torch.float32)
-        turns = torch.special.ndtri((number + 0.5) / self.channels)
-        phases = number * ((5**0.5 - 1) / 2) % 1  # steps of the golden ratio cover every range of frequencies evenly
-        return (2 * math.pi * (x.float()[:, None] * turns + phases)).cos() * 2**0.5
-
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
@@ -237,6 +152,7 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sigma_data: the latents' standard deviation.
         learned_uncertainty: whether the network learns how large its error is at each noise level (arXiv 2312.02696,
             appendix B.2, eq. 21-22).
+        time_cond_proj_dim, addition_embed_type: what pipelines ask a UNet for; it takes no further input.
 
     Raises:
         ValueError: what cannot be built.
@@ -245,6 +161,7 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["MPBlock"]
     _no_split_modules = ["MPBlock"]
+    gradient_checkpointing = False
 
     @register_to_config
     def __init__(
@@ -265,8 +182,11 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction_type: str = "epsilon",
         sigma_data: float = 1.0,
         learned_uncertainty: bool = False,
+        time_cond_proj_dim: None = None,
+        addition_embed_type: None = None,
     ):
         super().__init__()
+        _refuse(time_cond_proj_dim=time_cond_proj_dim, addition_embed_type=addition_embed_type)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         if len(attention_levels) != len(block_out_channels):
             raise ValueError(
@@ -358,6 +278,47 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         uncertainty = None if self.log_variance is None else self.log_variance(features)[:, 0].float()
         return MPUNet2DConditionOutput(sample=output, log_variance=uncertainty)
 
+    def widen_input(self, in_channels: int) -> None:
+        """Take more input channels, behind its own. Their weights are zero: what it puts out is still the same."""
+        conv, more = self.conv_in, in_channels - self.config.in_channels
+        *own, ones = conv.weight.detach().unbind(dim=1)
+        wider = torch.stack([*own, *[torch.zeros_like(ones)] * more, ones], dim=1)
+        conv.weight, conv.in_channels = nn.Parameter(wider), in_channels + 1
+        normalize_weights(conv)
+        self.register_to_config(in_channels=in_channels)
+
+    def follow_schedule(self, config: Mapping[str, Any]) -> None:
+        """Put out from now on what a scheduler of this configuration expects. What it knows of x_0 stays the same.
+
+        Raises:
+            ValueError: it has betas of its own.
+        """
+        self.register_to_config(**{name: config[name] for name in SCHEDULE_SETTINGS})
+        self.check_schedule(config)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """Refused: filters act at unit norm, whatever is added to them.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("MPUNet2DConditionModel: LoRA weights cannot be fused into filters that act at unit norm")
+
+    def check_schedule(self, config: Mapping[str, Any]) -> None:
+        """Whether a scheduler's configuration means the same noise and the same output as this network's.
+
+        Raises:
+            ValueError: another one.
+        """
+        for name in SCHEDULE_SETTINGS:
+            if name in config and config[name] != self.config[name]:
+                raise ValueError(
+                    f"the scheduler's {name} is {config[name]!r} and the UNet's {self.config[name]!r}: this UNet works "
+                    "by noise levels, so that both must say the same"
+                )
+        if config.get("trained_betas") is not None:
+            raise ValueError("the scheduler has trained_betas, which this UNet does not know: it works by noise levels")
+
     def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The noise levels of timesteps (B,), float32."""
         *schedule, _ = (self.config[name] for name in SCHEDULE_SETTINGS)
@@ -385,8 +346,6 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
-
-    gradient_checkpointing = False
 
 
 def _refuse(**arguments) -> None:

@@ -17,7 +17,6 @@ from accelerate.utils import (
     disable_fsdp_ram_efficient_loading,
     parse_flag_from_env,
 )
-from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -135,7 +134,7 @@ def whole_network(network: torch.nn.Module) -> torch.nn.Module:
     if not is_sharded(network):
         return network
     with torch.device("meta"):
-        plain = UNet2DConditionModel.from_config(network.config)
+        plain = _kind_of(network).from_config(network.config)
     weights = {}
     for name, tensor in network.state_dict().items():
         tensor = _whole(tensor)
@@ -144,6 +143,11 @@ def whole_network(network: torch.nn.Module) -> torch.nn.Module:
     if weights:
         plain.load_state_dict(weights, assign=True)
     return plain
+
+
+def _kind_of(network: torch.nn.Module) -> type:
+    """The class of a network, which FSDP2 has given one of its own."""
+    return next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def load_whole(unet: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -24,6 +24,7 @@ from .lora import add_lora
 from .losses import denoising_loss, min_snr_weight, training_target
 from .models import (
     FrozenParts,
+    UNet,
     UNetWithTextEncoder,
     build_unet,
     hide_loading_bars,
@@ -33,6 +34,7 @@ from .models import (
     widen_input,
     with_trained_text_encoder,
 )
+from .mp_unet import MPUNet2DConditionModel
 from .pipelines.inpaint import LatentDiffInpaintPipeline
 from .scheduling_ddpm import DDPMScheduler
 from .sharding import ShardingAccelerator, is_sharded, parts_put_back, sharding_plugin
@@ -97,7 +99,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionModel, DDPMScheduler]:
+def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler]:
     """The parts around the UNet, the UNet in fp32 and the noise schedule.
 
     Raises:
@@ -120,10 +122,13 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
             cross_attention_dim=text_width,
             seed=config.seed,
             schedule=scheduler.config,
+            learned_uncertainty=config.learned_uncertainty,
         )
     _check_fits(config, unet, latent_channels, in_channels, text_width)
     if unet.config.in_channels != in_channels:
         widen_input(unet, in_channels)
+    if isinstance(unet, MPUNet2DConditionModel):
+        _settle_schedule(unet, scheduler)
     if not torch.cuda.is_available() and isinstance(unet, UNet2DConditionModel):
         # Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less.
         unet.set_attn_processor(AttnProcessor())
@@ -136,9 +141,15 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet2DConditionMode
     return parts, unet, scheduler
 
 
-def _check_fits(
-    config: TrainConfig, unet: UNet2DConditionModel, latent_channels: int, in_channels: int, text_width: int
-) -> None:
+def _settle_schedule(unet: MPUNet2DConditionModel, scheduler: DDPMScheduler) -> None:
+    """A pretrained one may have been saved with another prediction type than the run's, which it can all put out."""
+    try:
+        unet.follow_schedule(scheduler.config)
+    except ValueError as error:
+        raise ConfigError(f"unet: {error}") from None
+
+
+def _check_fits(config: TrainConfig, unet: UNet, latent_channels: int, in_channels: int, text_width: int) -> None:
     has = unet.config.in_channels
     if has not in {latent_channels, in_channels} or unet.config.cross_attention_dim != text_width:
         hint = "; an inpainting model goes on with --task inpaint" if has == 2 * latent_channels + 1 else ""
@@ -223,15 +234,20 @@ def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], f
 def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
     """The weighted loss of each sample of a batch in what the UNet predicts -> (B,).
 
+    Where the UNet learns its uncertainty u of each noise level, loss / exp(u) + u (arXiv 2312.02696, eq. 21): at its
+    least u is the logarithm of the loss there, so that all levels count the same.
+
     Args:
         model: the UNet, or one with a text encoder in front of it, for batches without hidden states.
     """
     noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     seen = noisy_latents if batch.conditions is None else torch.cat([noisy_latents, batch.conditions], dim=1)
     text = batch.captions if batch.encoder_hidden_states is None else batch.encoder_hidden_states
-    model_output = model(seen, batch.timesteps, text).sample
+    output = model(seen, batch.timesteps, text)
     kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
-    losses = denoising_loss(model_output, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
+    losses = denoising_loss(output.sample, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
+    if (u := getattr(output, "log_variance", None)) is not None:
+        losses = losses / u.exp() + u
     if config.snr_gamma is not None:
         losses = losses * min_snr_weight(abar, batch.timesteps, config.snr_gamma, kind)
     return losses

@@ -1,16 +1,31 @@
 """Forced weight normalisation: the optimizer turns filters and does not lengthen them (Karras et al. 2023, arXiv
 2312.02696, section 2.3)."""
 
+import math
+
 import torch
 from torch import nn
 
-from .config import TrainConfig
-from .mp_unet import MPConv2d, MPLinear, MPUNet2DConditionModel
+from .config import ConfigError, TrainConfig
+from .mp_layers import MPConv2d, MPLinear, filter_norms
+from .mp_unet import MPUNet2DConditionModel
+from .sharding import own_part
 
 
-def forces_weight_norm(config: TrainConfig, unet: nn.Module) -> bool:
-    """Whether a run keeps its filters' lengths: as it is told to, and always in a magnitude-preserving UNet."""
-    return config.force_weight_norm or isinstance(unet, MPUNet2DConditionModel)
+def make_weight_norm(config: TrainConfig, unet: nn.Module, *, is_zero: bool = False) -> "ForcedWeightNorm | None":
+    """What keeps the filters' lengths, where the settings ask for it, and always for a magnitude-preserving UNet.
+
+    Args:
+        is_zero: DeepSpeed takes the steps.
+
+    Raises:
+        ConfigError: it is to step on weights of its own, in which a filter lies in two processes.
+    """
+    if not (config.force_weight_norm or isinstance(unet, MPUNet2DConditionModel)) or config.lora_rank is not None:
+        return None
+    if is_zero:
+        raise ConfigError("force_weight_norm: goes with DDP and FSDP2, as the mp UNets do; launch without DeepSpeed")
+    return ForcedWeightNorm(unet)
 
 
 class ForcedWeightNorm:
@@ -21,27 +36,29 @@ class ForcedWeightNorm:
     since it is made before a checkpoint is loaded; their last convolution is left free, since its length is the scale
     of what the network puts out.
 
+    A sharded module's parts hold whole filters: each process brings back its own.
+
     Args:
-        module: with the weights that the run begins from.
+        unet: with the weights that the run begins from.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, unet: nn.Module):
         self._weights, self._lengths = [], []
-        for name, layer in module.named_modules():
-            of_layer = isinstance(layer, nn.Linear | nn.Conv2d) and name.split(".")[-1] != "conv_out"
-            if not (of_layer or isinstance(layer, MPLinear | MPConv2d)) or not layer.weight.requires_grad:
+        for name, layer in unet.named_modules():
+            preserves = isinstance(layer, MPLinear | MPConv2d)
+            plain = type(layer) in (nn.Linear, nn.Conv2d) and name.split(".")[-1] != "conv_out"
+            if not (preserves or plain) or not layer.weight.requires_grad:
                 continue
             self._weights.append(layer.weight)
-            preserved = isinstance(layer, MPLinear | MPConv2d)
-            self._lengths.append(layer.weight[0].numel() ** 0.5 if preserved else _length(layer.weight))
+            length = filter_norms(own_part(layer.weight.detach()))
+            self._lengths.append(
+                torch.full_like(length, math.prod(layer.weight.shape[1:]) ** 0.5) if preserves else length
+            )
+        self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
         """After a step of the optimizer."""
-        for weight, length in zip(self._weights, self._lengths, strict=True):
-            weight.mul_(length / _length(weight).clamp(min=1e-12))
-
-
-def _length(weight: torch.Tensor) -> torch.Tensor:
-    """Of each filter, shaped to multiply the weight."""
-    return torch.linalg.vector_norm(weight.detach(), dim=tuple(range(1, weight.ndim)), keepdim=True)
+        weights = [own_part(weight) for weight in self._weights]
+        norms = [filter_norms(weight).clamp_(min=1e-12) for weight in weights]
+        torch._foreach_mul_(weights, torch._foreach_div(self._lengths, norms))

@@ -15,7 +15,7 @@ from diffusers.loaders import (
     StableDiffusionLoraLoaderMixin,
     TextualInversionLoaderMixin,
 )
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -55,7 +55,7 @@ class LatentPipeline(
     Args:
         vae: encodes and decodes latents; their scale is `vae.config.scaling_factor`.
         text_encoder, tokenizer: give the hidden states (B, tokens, width) that the UNet attends to.
-        unet: predicts what `scheduler.config.prediction_type` says.
+        unet: predicts what `scheduler.config.prediction_type` says, called as diffusers' UNet2DConditionModel is.
         scheduler: diffusers' own DDIM and DDPM are replaced by ours, see `adopt_scheduler`.
         safety_checker, feature_extractor: optional; a checker needs the extractor.
         image_encoder: optional, for IP-Adapters.
@@ -74,7 +74,7 @@ class LatentPipeline(
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
@@ -228,6 +228,8 @@ class LatentPipeline(
             inpaints = takes == 2 * self._latent_channels + 1
             hint = "; it is one for inpainting: use LatentDiffInpaintPipeline" if inpaints else ""
             raise ValueError(f"this UNet takes {takes} channels, {type(self).__name__} gives it {needed}{hint}")
+        if hasattr(self.unet, "check_schedule"):
+            self.unet.check_schedule(self.scheduler.config)
 
     def _picture_size(
         self, height: int | None, width: int | None, latents: torch.Tensor | None = None

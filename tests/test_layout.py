@@ -18,6 +18,9 @@ ALLOWED = {
     "scheduling_ddim": {"noise_schedule"},
     "scheduler_conformance": {"noise_schedule", "scheduling_ddpm", "scheduling_ddim"},
     "losses": {"noise_schedule"},
+    "mp_layers": set(),
+    "mp_unet": {"mp_layers", "noise_schedule"},
+    "weight_norm": {"config", "mp_layers", "mp_unet", "sharding"},
     "guidance": set(),
     "distances": set(),
     "random_streams": set(),
@@ -28,7 +31,7 @@ ALLOWED = {
     "latents": set(),
     "masks": set(),
     "efficientnet_lite": {"config"},
-    "models": {"config"},
+    "models": {"config", "mp_layers", "mp_unet"},
     "emoji": {"config", "random_streams"},
     "images": set(),
     "sources": {"config", "images"},
@@ -83,6 +86,8 @@ TRAVELLERS = [
     PACKAGE / "guidance.py",
     PACKAGE / "clip_guidance.py",
     PACKAGE / "posthoc_ema.py",
+    PACKAGE / "mp_layers.py",
+    PACKAGE / "mp_unet.py",
     *(ROOT / "pipelines").glob("*.py"),
 ]
 

@@ -293,6 +293,8 @@ class GuidedSampling:
             theirs, ours = guide_unet.config.in_channels, self.unet.config.in_channels
             if theirs != ours:
                 raise ValueError(f"guide_unet takes {theirs} channels and the pipeline's own UNet {ours}")
+            if hasattr(guide_unet, "check_schedule"):
+                guide_unet.check_schedule(self.scheduler.config)
             guide_unet = (guide_unet if guide_unet.dtype == dtype else guide_unet.to(dtype)).to(device)
         if clip_guidance is not None:
             self._noise_levels([])

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import diffusers
@@ -48,6 +49,10 @@ SHARED = (
     "scheduling_ddpm.py",
 )
 _RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+_WHOLE_RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import (?:\([^)]*\)|[^\n(]*)\n", re.MULTILINE)
+
+# UNets that diffusers has not, by the name of their class; none where only a saved folder's code is there.
+OWN_UNETS: dict[str, type] = {}
 
 
 def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -113,6 +118,34 @@ def _naming_all_it_needs(name: str, sources: dict[str, str]) -> str:
     return "\n".join([sources[name].rstrip("\n"), "", why, *lines, ""])
 
 
+def carried_class(network: object) -> type | None:
+    """The class of a network that diffusers has not, and whose code therefore goes along with its weights."""
+    kind = type(getattr(network, "_orig_mod", network))  # without what torch.compile wraps around it
+    return kind if kind.__module__.split(".")[0] in ("latentdiff", "diffusers_modules") else None
+
+
+@functools.cache
+def network_code(kind: type) -> str:
+    """The source of a network's class as one file: what its module imports beside itself is put in the import's place.
+
+    diffusers brings along of a repository only the one file that stands beside the weights, by the name that the index
+    gives.
+    """
+    path = Path(inspect.getfile(sys.modules[kind.__module__]))
+
+    def whole(source: str) -> str:
+        return _WHOLE_RELATIVE_IMPORT.sub(lambda found: whole(beside(found[1])), source)
+
+    def beside(module: str) -> str:
+        return path.with_name(f"{module}.py").read_text(encoding="utf-8")
+
+    return whole(path.read_text(encoding="utf-8"))
+
+
+def _module_name(kind: type) -> str:
+    return kind.__module__.rsplit(".", 1)[-1]
+
+
 class PortableSaving:
     """`save_pretrained` and the index for a DiffusionPipeline over Stable Diffusion's components."""
 
@@ -147,6 +180,8 @@ class PortableSaving:
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         write_code(save_directory)
+        if kind := carried_class(self.unet):
+            Path(save_directory, "unet", f"{_module_name(kind)}.py").write_text(network_code(kind), encoding="utf-8")
         if ema_snapshots:
             copy_snapshots(self.name_or_path, save_directory)
         if push_to_hub:
@@ -155,6 +190,15 @@ class PortableSaving:
             repo_id = repo_id or Path(save_directory).resolve().name
             self.save_config(str(save_directory), push_to_hub=True, repo_id=repo_id, **hub)
 
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict | tuple:
+        """As in diffusers; a UNet of `OWN_UNETS` is taken from there, so that no code of the folder needs trust."""
+        config = super().load_config(*args, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        if kind := OWN_UNETS.get((index.get("unet") or (None, None))[1]):
+            index["unet"] = [kind.__module__, kind.__name__]
+        return config
+
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write model_index.json in diffusers' names alone, so that it loads where latentdiff is not installed."""
         index = json.loads(self.to_json_string())
@@ -162,6 +206,8 @@ class PortableSaving:
         inpaints = self.unet is not None and self.unet.config.in_channels == 2 * self.unet.config.out_channels + 1
         index["_class_name"] = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
         index.pop("_name_or_path", None)  # where these weights were loaded from is nobody else's path
+        if kind := carried_class(self.unet):
+            index["unet"] = [_module_name(kind), kind.__name__]
         name = type(self.scheduler).__name__
         if name in {scheduler.__name__ for scheduler in _OUR_SCHEDULERS}:
             index["scheduler"] = ["diffusers", name]
