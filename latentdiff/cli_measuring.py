@@ -41,8 +41,6 @@ class Evaluate(Drawing):
         at_least_1(self, "count")
         if self.data is not None and not self.data.is_dir():
             raise ConfigError(f"--data {self.data}: no such folder")
-        if self.fill_card and not (Path(self.checkpoint) / "README.md").is_file():
-            raise ConfigError(f"--fill-card: {self.checkpoint} has no README.md, the card to fill")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from .evaluation_report import CURVE, NUMBERS, TABLE, fill_card, markdown
 from .feature_networks import FeatureNetwork, extract_features
 from .held_out_curve import HeldOutCurve, held_out_curve, plot_curves
 from .latents import decode_latents, encode_moments, sample_latents, to_pixels
+from .likelihood import bound_of_pictures
 from .loading import Network, Networks, load_clip
 from .picture_lists import file_name, is_there, load, picture_recipe
 from .picture_measures import PictureMeasures, measure, measure_floor
@@ -100,6 +101,8 @@ class Evaluation:
 
 def evaluate(command: Evaluate) -> None:
     """Draw what is not there yet, measure, print, and write numbers, table and curve."""
+    if command.fill_card and not (Path(command.checkpoint) / "README.md").is_file():
+        raise ConfigError(f"--fill-card: {command.checkpoint} has no README.md, the card to fill")
     state = join_processes()
     if state.num_processes > 1 and command.device is None:
         command = replace(command, device=str(state.device))
@@ -270,8 +273,7 @@ def clip_score(clip: Network, questions: Questions, images: Sequence[Image.Image
 
 
 def _likelihood(networks: Networks, questions: Questions) -> dict[str, Any]:
-    from .likelihood import bound_of_pictures
-
+    """The bound of the held-out pictures, without each one's and each timestep's part."""
     pictures = questions.held_out
     rows = np.flatnonzero(pictures.held_out)[:MAX_HELD_OUT].tolist()
     images, captions = [pictures.image(row) for row in rows], [pictures.captions[row][0] for row in rows]

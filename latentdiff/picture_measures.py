@@ -15,7 +15,7 @@ from . import emoji, random_streams
 from .config import ConfigError
 from .distances import frechet_distance, frechet_distance_error, kernel_distance, precision_recall
 from .feature_networks import FeatureNetwork, extract_features, picture_key, sha256_of
-from .retrieval import Galleries, Recalls, build_galleries, recalls_of
+from .retrieval import Galleries, Recalls, galleries_of, recalls_of
 
 FEWEST = 4  # pictures that all measures are defined of
 
@@ -98,11 +98,10 @@ def emoji_reference(
         folder: where their features are kept, see `extract_features`.
     """
     pictures = pictures or emoji.load()
-    galleries = build_galleries(network, pictures, folder)
-    features = torch.cat(list(galleries.features.values()))
-    sha256 = sha256_of(picture_key(pictures.composite(i)) for i in pictures.indices(held_out=None))
-    styles = " and ".join(galleries.features)
-    return Reference(f"emoji64, {len(features)} pictures in {styles} on white", sha256, features), galleries
+    images = [pictures.composite(i) for i in pictures.indices(held_out=None)]
+    features, keys = extract_features(network, images, folder), map(picture_key, images)
+    name = f"emoji64, {' and '.join(emoji.STYLES)} on white, {len(images)} pictures"
+    return Reference(name, sha256_of(keys), features), galleries_of(features, pictures)
 
 
 def measure_emoji(

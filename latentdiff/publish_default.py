@@ -1,7 +1,7 @@
 """Put a shipped checkpoint together from a finished run: `python -m latentdiff.publish_default RUN`.
 
 Copies the saved pipeline, draws the sample grid, plots the run's curves, and writes the model card with the numbers
-that `latentdiff evaluate RUN --output-dir RUN/evaluation --fill-card` and `latentdiff backgrounds RUN --output
+that `latentdiff evaluate RUN --output-dir EVALUATED --fill-card` and `latentdiff backgrounds RUN --output
 RUN/backgrounds.json` measured. Of a run of task inpaint the numbers and the grid are those of
 `python benchmarks/inpainting.py --inpainting RUN --output RUN/inpainting`.
 """
