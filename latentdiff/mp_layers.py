@@ -11,7 +11,7 @@ SILU_MAGNITUDE = 0.596  # of SiLU(x) for x ~ N(0, 1)
 
 
 def pixel_norm(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """Scaled to a root mean square of 1 over `dim` (eq. 30)."""
+    """Scaled to a root mean square of 1 over `dim` (section 2, appendix B)."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     return x * (x.shape[dim] ** 0.5 / norm.clamp(min=1e-4)).to(x.dtype)
 
@@ -41,7 +41,7 @@ def filter_norms(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _unit_filters(weight: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-    """Each filter at the norm `gain`. Gradients lose what would only lengthen a filter (eq. 67)."""
+    """Each filter at the norm `gain`. Gradients lose what would only lengthen a filter (section 2, appendix B)."""
     return weight * (gain / filter_norms(weight).clamp(min=1e-12)).to(weight.dtype)
 
 

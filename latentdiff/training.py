@@ -215,7 +215,7 @@ def optimizer_steps(config: TrainConfig, batches: Batches) -> int:
 
 def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     """The learning rate as a function of the optimizer step alone, so that a resume has nothing to restore."""
-    if config.lr_scheduler == "inverse_sqrt":  # of Karras et al. 2023, arXiv 2312.02696, eq. 67
+    if config.lr_scheduler == "inverse_sqrt":  # of Karras et al. 2023, arXiv 2312.02696, section 2
         start, warmup = config.lr_decay_start_steps, config.lr_warmup_steps
         return lambda step: (
             config.learning_rate * min((step + 1) / max(warmup, 1), 1) / max((step + 1) / start, 1) ** 0.5
