@@ -304,6 +304,10 @@ class MPUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         raise ValueError("MPUNet2DConditionModel: LoRA weights cannot be fused into filters that act at unit norm")
 
+    def get_parameter_or_buffer(self, name: str) -> torch.Tensor:
+        """As of transformers' models: accelerate asks for it under FSDP2, and else fails at a name without a dot."""
+        return self.get_parameter(name)
+
     def check_schedule(self, config: Mapping[str, Any]) -> None:
         """Whether a scheduler's configuration means the same noise and the same output as this network's.
 

@@ -1,5 +1,6 @@
 """FSDP2: two processes that share out the weights train, save and resume as one process that holds them all."""
 
+import json
 import os
 import shutil
 import signal
@@ -236,3 +237,21 @@ def test_inpainting_is_sharded_as_one_process_trains_it(inputs, tmp_path):
     assert (ours / "validation" / "step-0000004.png").exists()
     weights = load_file(ours / "unet" / "diffusion_pytorch_model.safetensors")
     assert weights["conv_in.weight"].shape[1] == 9 and weights["conv_in.weight"][:, 4:].abs().max() > 0
+
+
+def test_a_magnitude_preserving_unet_is_sharded_as_one_process_trains_it(inputs, tmp_path):
+    """Filters would be brought back to the length of a part of them, or a gain, a single number, not be shared out."""
+    toy = tmp_path / "toy.json"
+    levels = {"block_out_channels": [8, 16], "attention_levels": [True, False], "attention_head_dim": 4}
+    toy.write_text(json.dumps({"_class_name": "MPUNet2DConditionModel", **levels}))
+    changes = {"unet": toy, "max_train_steps": 4, "checkpointing_steps": 4, "validation_steps": 4}
+    words = ("--gradient_checkpointing", "--validation_prompts", "--prediction_type", "v_prediction")
+    ours = run(inputs, tmp_path / "sharded", words=words, **changes)
+    theirs = run(inputs, tmp_path / "alone", words=words, **{**ALONE, **changes})
+    for line, other in zip(log(ours), log(theirs), strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+    weights = load_file(ours / "checkpoint-4" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, weight in weights.items():
+        if weight.ndim > 1:
+            lengths = weight.flatten(1).norm(dim=1) / weight[0].numel() ** 0.5
+            torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-5, msg=name)
