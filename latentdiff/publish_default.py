@@ -17,6 +17,7 @@ from . import emoji
 from .cli_errors import run_cli
 from .config import ConfigError, TrainConfig, packaged_checkpoint, read_config
 from .demo import PROMPTS, draw
+from .ema_sweep import SWEEP
 from .evaluation_report import CURVE, NUMBERS, read_numbers, rows
 from .finishing import training_command
 from .hub import model_card
@@ -26,6 +27,7 @@ PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "
 MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json", "inpainting": "inpainting.json"}
 SAMPLER = "Samples: DDIM, 50 steps, guidance 4. Each measure names its own."
 GRID, SAMPLES, CURVES, INPAINTED = "samples.png", "samples", "curves.png", "inpainting.png"
+SWEPT = f"{SWEEP}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,12 @@ def main(config: PublishConfig) -> None:
     if inpaints and not (run / INPAINTED).is_file():
         raise ConfigError(f"run: {config.run!r} has no {INPAINTED}, which benchmarks/inpainting.py draws")
     output.mkdir(parents=True, exist_ok=True)
-    measured = ("log.jsonl", *MEASURES.values(), NUMBERS, CURVE, INPAINTED)
-    measured = [run / name for name in measured if (run / name).exists()]
-    for path in [*(run / name for name in PARTS), *measured]:
-        target = output / path.name
+    for name in (*PARTS, "log.jsonl", *MEASURES.values(), NUMBERS, CURVE, f"{SWEEP}.json", SWEPT, INPAINTED):
+        path, target = run / name, output / name
+        # What an earlier checkpoint measured goes, too, where this one has no such measure.
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+        if path.exists():
+            shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
     write_code(output)  # today's, whatever the run was saved with
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES)
@@ -70,7 +72,7 @@ def main(config: PublishConfig) -> None:
         sampler="Each measure names its own." if inpaints else SAMPLER,
         data=emoji.CREDITS,
         metrics=_metrics(run),
-        curves=[CURVES, *([CURVE] if (run / CURVE).exists() else [])],
+        curves=[CURVES, *(name for name in (CURVE, SWEPT) if (run / name).exists())],
         limits=[
             "It draws emoji it was trained on, at 64x64; what it never saw comes out as something it did.",
             "The VAE blurs fine texture and small text.",
