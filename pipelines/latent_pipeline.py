@@ -167,7 +167,8 @@ class LatentPipeline(
         As in diffusers, but for what is not asked for: that one casts all components, also in `pipeline`, to float32.
         """
         if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
-            return super().from_pipe(pipeline, **kwargs)
+            # diffusers hands on only what is of the very class that is named above, and UNets are of several.
+            return super().from_pipe(pipeline, **{"unet": pipeline.components.get("unet"), **kwargs})
         expected, optional = cls._get_signature_keys(cls)
         components = {name: part for name, part in pipeline.components.items() if name in expected}
         settings = {name: pipeline.config[name] for name in optional if name in pipeline.config}
