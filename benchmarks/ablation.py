@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict] = {
     "weight-norm": {"force_weight_norm": True},
     "mp": {"unet": "mp-tiny", **MP},
     "mp-mini": {"unet": "mp-mini", **MP},
+    "mp-uncertainty": {"unet": "mp-tiny", **MP, "learned_uncertainty": True, "snr_gamma": None},
 }
 COUNT = 60  # pictures drawn of each run
 STEPS, GUIDANCE_SCALE = 20, 4.0

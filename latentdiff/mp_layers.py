@@ -59,7 +59,11 @@ class MPLinear(nn.Linear):
 
 
 class MPConv2d(nn.Conv2d):
-    """A convolution without bias whose filters act at unit norm, or at that of `gain`."""
+    """A convolution without bias whose filters act at unit norm, or at that of `gain`.
+
+    The zeros around a grid have no magnitude: what they take from the sum, a third on a grid of 4 x 4, the filters make
+    up for, on the average over the grid.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -68,7 +72,13 @@ class MPConv2d(nn.Conv2d):
         nn.init.normal_(self.weight)
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-        return F.conv2d(x, _unit_filters(self.weight, gain), padding=self.padding)
+        return F.conv2d(x, _unit_filters(self.weight, gain / self._share_inside(x) ** 0.5), padding=self.padding)
+
+    def _share_inside(self, x: torch.Tensor) -> float:
+        """The share of all numbers that the filters see at all places of a grid (B, C, h, w) which are its own."""
+        kernel_size, padding = self.kernel_size[0], self.padding[0]
+        outside = padding * (padding + 1)  # along an axis, of kernel_size for each place
+        return math.prod(1 - outside / (kernel_size * size) for size in x.shape[2:])
 
 
 @torch.no_grad()

@@ -110,19 +110,21 @@ class MPBlock(nn.Module):
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":
             x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.conv_skip is not None and self.encodes:
+            x = self.conv_skip(x)
         if self.encodes:
-            x = pixel_norm(x if self.conv_skip is None else self.conv_skip(x))
+            x = pixel_norm(x)
         # The scales of `mp_silu` and `mp_sum` are put into the filters, which costs less than scaling activations.
         y = self.conv_0(F.silu(x), gain=1 / SILU_MAGNITUDE)
         modulation = 1 + self.embedding(embedding) * self.embedding_gain.to(embedding.dtype)
         norm = math.hypot(1 - RESIDUAL, RESIDUAL)
         y = self.conv_1(F.silu(y * modulation[:, :, None, None]), gain=RESIDUAL / norm / SILU_MAGNITUDE)
-        if not self.encodes and self.conv_skip is not None:
+        if self.conv_skip is not None and not self.encodes:
             x = self.conv_skip(x)
         x = torch.add(y, x, alpha=(1 - RESIDUAL) / norm)
         if self.attn1 is not None:
             x = self.attn2(self.attn1(x), text)
-        return x
+        return x if self.encodes else pixel_norm(x)
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------

@@ -107,26 +107,35 @@ def test_operations_keep_magnitudes():
 
 
 def test_activations_at_initialisation_are_one_in_every_block():
-    """Else the network's layers do not start alike, which is what it is for.
+    """Else the network's layers do not start alike, which is what it is for; zeros around a 4x4 grid among the causes.
 
-    It holds for the mean over random weights, and where the zeros around a picture are a small part of what a filter
-    sees; in one small network on 4x4 positions a block may lose a fifth.
+    Few channels leave something to chance: what two branches have in common.
     """
     found: dict[str, list[float]] = {}
-    for seed in range(5):
-        unet = build_unet("mp-tiny", latent_channels=4, sample_size=64, cross_attention_dim=192, seed=seed)
+    for seed in range(4):
+        unet = build_unet("mp-tiny", latent_channels=4, sample_size=16, cross_attention_dim=192, seed=seed)
         for name, block in unet.named_modules():
             if isinstance(block, MPBlock | MPAttention):
                 block.register_forward_hook(
                     lambda _, __, output, name=name: found.setdefault(name, []).append(magnitude(output))
                 )
         generator = torch.Generator().manual_seed(seed)
-        latents, text = (torch.randn(4, *shape, generator=generator) for shape in ((4, 64, 64), (20, 192)))
+        latents, text = (torch.randn(8, *shape, generator=generator) for shape in ((4, 16, 16), (20, 192)))
         with torch.no_grad():
-            unet(latents, torch.tensor([0, 250, 500, 750]), text)
+            unet(latents, torch.arange(0, 1000, 125), text)
     assert len(found) == 15 + 2 * 4  # blocks, and two attentions in four of them
-    means = {name: torch.tensor(values).square().mean().sqrt().item() for name, values in found.items()}
-    assert all(abs(mean - 1) < 0.1 for mean in means.values()), means
+    magnitudes = torch.tensor(list(found.values()))
+    assert (magnitudes - 1).abs().max() < 0.15, found
+    assert (magnitudes.mean(dim=1) - 1).abs().max() < 0.1, found
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_zeros_around_a_grid_take_no_magnitude(size):
+    """Else every convolution of a small grid makes activations smaller: by half where two by two are left."""
+    generator = torch.Generator().manual_seed(0)
+    x, conv = torch.randn(256, 32, size, size, generator=generator), MPConv2d(32, 64, 3)
+    torch.nn.init.normal_(conv.weight, generator=generator)
+    assert magnitude(conv(x)) == pytest.approx(1, abs=0.05)
 
 
 def test_a_filter_acts_at_unit_norm_and_its_gradient_only_turns_it():
