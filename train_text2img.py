@@ -16,6 +16,7 @@ from latentdiff.checkpoint import (
 from latentdiff.cli_errors import run_training
 from latentdiff.config import TrainConfig
 from latentdiff.deepspeed_zero import is_zero
+from latentdiff.distill import make_objective
 from latentdiff.divergence import DivergenceWatch
 from latentdiff.ema import check_same_ema, make_ema
 from latentdiff.ema_snapshots import EMASnapshots
@@ -32,7 +33,6 @@ from latentdiff.training import (
     load_networks,
     optimizer_steps,
     start,
-    training_loss,
 )
 from latentdiff.training_data import load_data
 from latentdiff.weight_norm import make_weight_norm
@@ -53,6 +53,7 @@ def main(config: TrainConfig) -> None:
         say_first_look(config, parts, unet, data)
     total_steps = optimizer_steps(config, data.batches)
     learning_rate = learning_rate_at(config, total_steps)
+    objective = make_objective(config, accelerator, scheduler, unet, data, total_steps)
 
     model, optimizer = accelerator.prepare(model, optimizer)
     weight_norm = make_weight_norm(
@@ -76,7 +77,7 @@ def main(config: TrainConfig) -> None:
                 group["lr"] = learning_rate(step)
             for micro_step in range(config.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
-                    loss = training_loss(model, scheduler, data.batches.at(step, micro_step), config).mean()
+                    loss = objective(model, data.batches.at(step, micro_step), step).mean()
                     accelerator.backward(loss)
                     progress.add(loss)
                     if accelerator.sync_gradients:

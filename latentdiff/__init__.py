@@ -8,11 +8,13 @@ from .pipelines.interpolate import LatentDiffInterpolatePipeline
 from .pipelines.invert import LatentDiffInversionPipeline
 from .pipelines.portable_saving import OWN_UNETS
 from .pipelines.text2img import LatentDiffPipeline
+from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConsistencyScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "LatentDiffImg2ImgPipeline",

@@ -27,6 +27,7 @@ class Batch:
     encoder_hidden_states: torch.Tensor | None  # (B, L, D); None where the text encoder is trained, too
     captions: list[str] | None  # B for a text encoder that is trained, "" where the caption is dropped
     conditions: torch.Tensor | None = None  # (B, 1 + C, h, w) for inpainting: masks, and latents of masked pictures
+    guidance_scales: torch.Tensor | None = None  # (B,) of the teacher, where there is one
 
 
 class _Read(NamedTuple):
@@ -63,6 +64,7 @@ class Batches:
         device: where the batches go.
         inpainting_vae: to learn inpainting, the VAE on this device, which encodes the masked pictures of each batch:
             their masks are new each time, so there is nothing to cache.
+        guidance_range: what guidance scales are drawn from evenly, where there is a teacher to be guided.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Batches:
         shuffle_buffer: int | None = None,
         device: torch.device | str = "cpu",
         inpainting_vae: AutoencoderKL | None = None,
+        guidance_range: tuple[float, float] | None = None,
     ):
         self._moments, self._hidden_states = moments, hidden_states
         self._vae_config, self._num_train_timesteps = vae_config, num_train_timesteps
@@ -93,7 +96,7 @@ class Batches:
         # What has to be encoded is not: two networks at a time would take the device from each other.
         kept = moments.kept and (hidden_states is None or hidden_states.kept)
         self._reader = ThreadPoolExecutor(1) if kept else None
-        self._noise_offset, self._device = noise_offset, device
+        self._noise_offset, self._device, self._guidance_range = noise_offset, device, guidance_range
         self._inpainting_vae, self._pixels = inpainting_vae, Pixels(pictures)
         self._captions, self._caption_counts = pictures.captions, pictures.caption_counts
         self._crops, self.name = pictures.crops, pictures.name
@@ -136,6 +139,7 @@ class Batches:
             encoder_hidden_states=None if read.hidden_states is None else read.hidden_states.to(self._device),
             captions=read.captions,
             conditions=None if read.masks is None else self._conditions(read, step, shape, mine),
+            guidance_scales=self._guidance_scales(step, mine),
         )
 
     def _read(self, step: int, micro_step: int) -> _Read:
@@ -165,6 +169,12 @@ class Batches:
         noise = self._normal("masked posterior", step, shape)[mine]
         pixels, masks = read.pixels.to(self._device), read.masks.to(self._device)
         return inpainting_conditions(self._inpainting_vae, pixels, masks, noise)
+
+    def _guidance_scales(self, step: int, mine: slice) -> torch.Tensor | None:
+        if self._guidance_range is None:
+            return None
+        low, high = self._guidance_range
+        return (low + (high - low) * self._uniform("guidance", step)[mine]).to(self._device)
 
     def _mine(self, micro_step: int) -> slice:
         """This process's share of what is drawn for the whole step."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import tyro
 
-from .config import ConfigError, RunStopped, TrainConfig, preset, read_config
+from .config import ConfigError, RunStopped, TrainConfig
+from .presets import preset, read_config
 
 
 def run_cli(main: Callable[[Any], None], config_type: type) -> None:

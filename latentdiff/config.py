@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -117,6 +116,16 @@ class TrainConfig:
     """min-SNR weighting of the loss (arXiv 2303.09556), for networks of the usual size 5, the paper's value. Background
     and shape are decided at an SNR below 0.1, where errors of the picture hardly count in the plain epsilon loss: a
     small network learns to follow words much sooner with a value as low as that."""
+
+    consistency: Literal["distillation", "training"] | None = None
+    """Make a consistency model, which draws in one to eight steps: "distillation" of a pretrained UNet, the teacher,
+    under guidance (arXiv 2310.04378), or "training" on the pictures without a teacher (arXiv 2310.14189)."""
+    consistency_steps: int = 50
+    """Into how many steps its noise levels are divided, between neighbours of which it learns to answer alike; without
+    a teacher they grow to that number from 10."""
+    consistency_guidance: tuple[float, ...] = (1.0, 8.0)
+    """The teacher's guidance: one value for good, with which pictures are then drawn at guidance 1; or the ends of a
+    range, from which the student takes any as an input."""
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     """Noise schedule of a UNet with new weights, the last being the cosine one; a pretrained UNet keeps its own."""
@@ -251,6 +260,7 @@ class TrainConfig:
             raise ConfigError("force_weight_norm: has no effect with lora_rank, under which no filter is trained")
         if self.learned_uncertainty:
             _check_uncertainty(self)
+        _check_consistency(self)
         if self.task == "inpaint" and self.validation_prompts not in (TrainConfig.validation_prompts, ()):
             raise ConfigError("validation_prompts: have no effect with task inpaint, which paints pictures of the data")
         _check_optimizer(self)
@@ -280,12 +290,12 @@ class TrainConfig:
 
 
 # Settings of Adam's moments that Adafactor has not.
-_ADAFACTOR_LACKS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+ADAFACTOR_LACKS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def _check_optimizer(config: TrainConfig) -> None:
     if config.optimizer == "adafactor":
-        for name in _ADAFACTOR_LACKS:
+        for name in ADAFACTOR_LACKS:
             if getattr(config, name) != getattr(TrainConfig, name):
                 raise ConfigError(
                     f"{name}: {getattr(config, name)} has no effect with optimizer adafactor; leave it out"
@@ -313,6 +323,36 @@ def _check_power_ema(config: TrainConfig) -> None:
         )
     if config.lora_rank is not None:
         raise ConfigError("ema_sigma_rel: is for whole networks; the average of adapters (lora_rank) has ema_decay")
+
+
+def _check_consistency(config: TrainConfig) -> None:
+    guidance, usual = config.consistency_guidance, TrainConfig.consistency_guidance
+    if config.consistency is None:
+        for name in ("consistency_steps", "consistency_guidance"):
+            if getattr(config, name) != getattr(TrainConfig, name):
+                raise ConfigError(f"{name}: has no effect without --consistency")
+        return
+    for name in ("snr_gamma", "learned_uncertainty"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name}: weighs the denoising loss, which is not what consistency {config.consistency} has"
+            )
+    if config.consistency == "training":
+        if guidance != usual:
+            raise ConfigError("consistency_guidance: is the teacher's, and consistency 'training' has none")
+        if config.consistency_steps < 10:
+            raise ConfigError(f"consistency_steps: {config.consistency_steps} is below 10, at which it begins")
+        return
+    if config.unet != "pretrained":
+        raise ConfigError(f"consistency: 'distillation' is of a pretrained UNet; unet is {config.unet!r}")
+    if config.prediction_type is not None or config.rescale_betas_zero_snr:
+        raise ConfigError("consistency: 'distillation' keeps the teacher's prediction_type and noise schedule")
+    if config.train_text_encoder:
+        raise ConfigError("train_text_encoder: consistency 'distillation' has a teacher that reads as the student does")
+    if not 1 <= len(guidance) <= 2 or min(guidance) < 1 or sorted(set(guidance)) != list(guidance):
+        raise ConfigError(f"consistency_guidance: {guidance} is neither a value of at least 1 nor two ascending ones")
+    if config.lora_rank is not None and len(guidance) == 2:
+        raise ConfigError("consistency_guidance: a range is an input of its own, which adapters (lora_rank) cannot add")
 
 
 def _check_uncertainty(config: TrainConfig) -> None:
@@ -363,7 +403,7 @@ def _is_a(value, kind) -> bool:
 def _check_ranges(config: TrainConfig) -> None:
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
                  "validation_steps", "logging_steps", "validation_inference_steps", "crops_per_picture",
-                 "lr_decay_start_steps"):  # fmt: skip
+                 "lr_decay_start_steps", "consistency_steps"):  # fmt: skip
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} is below 1")
     for name in ("caption_dropout", "held_out_fraction", "max_rejected_fraction"):
@@ -384,61 +424,3 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"{name}: {getattr(config, name)} is not in [0, 1)")
     if config.snr_gamma is not None and config.snr_gamma <= 0:
         raise ConfigError(f"snr_gamma: {config.snr_gamma} is not above 0; leave it out for the plain loss")
-
-
-# What differs from the defaults.
-PRESETS: dict[str, dict] = {
-    "emoji64": {"learning_rate": 8e-4, "snr_gamma": 0.02, "adam_epsilon": 1e-10},
-    "demo": {
-        "unet": "tiny", "max_train_samples": 20, "max_train_steps": 500, "lr_warmup_steps": 50,
-        "checkpointing_steps": 500, "validation_steps": 250, "output_dir": "demo-output/run", "report_to": "none",
-        "ema_decay": 0.99, "learning_rate": 1e-3, "snr_gamma": 0.02, "adam_epsilon": 1e-10,
-    },
-    "finetune": {
-        "unet": "pretrained", "learning_rate": 1e-5, "train_batch_size": 4,
-        "max_train_steps": 1000, "adam_weight_decay": 0.01, "adam_beta2": 0.999, "output_dir": "runs/finetune",
-        "validation_prompts": (),
-    },
-}  # fmt: skip
-
-
-def preset(name: str, optimizer: str = TrainConfig.optimizer) -> dict:
-    """The settings of a preset, less those that the optimizer has not, and with the learning rate that Prodigy wants.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"preset: {name!r} is unknown; it may be {', '.join(map(repr, PRESETS))}")
-    lacks = _ADAFACTOR_LACKS if optimizer == "adafactor" else ()
-    rate = {"learning_rate": 1.0} if optimizer == "prodigy" else {}
-    return {setting: value for setting, value in PRESETS[name].items() if setting not in lacks} | rate
-
-
-def read_config(path: str) -> dict:
-    """The settings in a YAML file that `TrainConfig.save` or a person wrote.
-
-    Raises:
-        ConfigError: the file is missing or holds a setting that does not exist.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: {path!r} cannot be read ({str(error).splitlines()[0]})") from None
-    known = get_type_hints(TrainConfig)
-    if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):
-        what = f"has no setting named {unknown[0]!r}" if isinstance(values, dict) else "is no list of settings"
-        raise ConfigError(f"config: {path!r} {what}")
-    return {name: _from_yaml(value, known[name]) for name, value in values.items()}
-
-
-def _from_yaml(value, kind):
-    """What YAML reads otherwise than a person means it: a list, `no` (False to YAML), `1e-4` (a string to YAML)."""
-    if isinstance(value, list):
-        return tuple(value)
-    if value is False and "no" in get_args(kind):
-        return "no"
-    if isinstance(value, str) and float in (kind, *get_args(kind)):
-        with suppress(ValueError):
-            return float(value)
-    return value

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, emoji, feature_networks
 from .cli_measuring import SweepEma
-from .config import ConfigError, TrainConfig, cache_folder, read_config
+from .config import ConfigError, TrainConfig, cache_folder
 from .ema_reconstruction import reconstructions_of
 from .held_out_curve import training_schedule
 from .loading import load_pipeline
@@ -20,6 +20,7 @@ from .models import FrozenParts, trained_model
 from .picture_measures import emoji_reference, measure_emoji
 from .pipelines.text2img import LatentDiffPipeline
 from .posthoc_ema import Reconstruction
+from .presets import read_config
 from .recipe import folder_sha256, write_whole
 from .retrieval import DrawSettings, draw, plain_caption, take, training_queries
 from .training_data import load_data

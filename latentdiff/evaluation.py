@@ -19,7 +19,7 @@ from PIL import Image
 from . import __version__, feature_networks
 from .cli_measuring import Evaluate
 from .clip_guidance import ClipGuidance
-from .config import ConfigError, TrainConfig, cache_folder, read_config
+from .config import ConfigError, TrainConfig, cache_folder
 from .drawing import draw_recipes
 from .entry_store import ENCODE_BATCH
 from .evaluation_report import CURVE, NUMBERS, TABLE, fill_card, markdown
@@ -30,6 +30,7 @@ from .likelihood import bound_of_pictures
 from .loading import Network, Networks, load_clip
 from .picture_lists import file_name, is_there, load, picture_recipe
 from .picture_measures import PictureMeasures, measure, measure_floor
+from .presets import read_config
 from .processes import join_processes, shared_out
 from .questions import Questions, emoji_questions, own_questions
 from .recipe import Ingredient, Recipe, save_png, write_whole

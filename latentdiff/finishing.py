@@ -12,31 +12,36 @@ from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from . import emoji
-from .config import PRESETS, TrainConfig, packaged_checkpoint
+from .config import TrainConfig, packaged_checkpoint
 from .ema import EMA, PowerEMAs
 from .hub import model_card, push_folder
 from .lora import has_lora, save_lora
 from .models import FrozenParts, UNetWithTextEncoder, networks_of
 from .pipelines.text2img import LatentDiffPipeline
 from .posthoc_ema import SNAPSHOTS
+from .presets import PRESETS
+from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
 from .sharding import whole_network
 
 
-def as_pipeline(parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> LatentDiffPipeline:
-    """The networks as a pipeline that draws with DDIM on the training schedule."""
+def as_pipeline(
+    parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler | ConsistencyScheduler
+) -> LatentDiffPipeline:
+    """The networks as a pipeline that draws on the training schedule: a consistency model as such, else with DDIM."""
     # What the last call cut and padded to would be saved as the tokenizer's own; each call sets it anew.
     parts.tokenizer.backend_tokenizer.no_truncation()
     parts.tokenizer.backend_tokenizer.no_padding()
     # Stable Diffusion's pipeline rewrites a configuration without these two, and would then draw otherwise than ours.
-    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
+    settings = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+    kind = ConsistencyScheduler if isinstance(scheduler, ConsistencyScheduler) else DDIMScheduler
     return LatentDiffPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         unet=unet,
-        scheduler=ddim,
+        scheduler=kind.from_config(scheduler.config, **settings),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -62,7 +67,7 @@ def finish(
     parts: FrozenParts,
     model: UNet2DConditionModel | UNetWithTextEncoder,
     ema: EMA | PowerEMAs | None,
-    scheduler: DDPMScheduler,
+    scheduler: DDPMScheduler | ConsistencyScheduler,
 ) -> None:
     """Save the finished model with its model card in the output folder, and push it where that is wanted."""
     accelerator.wait_for_everyone()

@@ -262,6 +262,26 @@ def widen_input(unet: UNet, in_channels: int) -> None:
     unet.register_to_config(in_channels=in_channels)
 
 
+def add_guidance_input(unet: UNet, width: int = 256) -> None:
+    """Let a UNet take an embedding of the guidance weight (B, width), `timestep_cond`, as latent consistency models do
+    (arXiv 2310.04378, section 4.2). Its weights are zero: what the UNet puts out is still the same.
+
+    Raises:
+        ConfigError: this kind of UNet has no such input.
+    """
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ConfigError(
+            f"consistency_guidance: a {type(unet).__name__} has no input for a range; give one value, such as 4"
+        )
+    if unet.config.time_cond_proj_dim is not None:
+        return
+    first = unet.time_embedding.linear_1
+    projection = torch.nn.Linear(width, first.in_features, bias=False, device=first.weight.device)
+    unet.time_embedding.cond_proj = projection.requires_grad_(first.weight.requires_grad)
+    torch.nn.init.zeros_(projection.weight)
+    unet.register_to_config(time_cond_proj_dim=width)
+
+
 def _read_unet_config(path: str) -> dict:
     try:
         saved = json.loads(Path(path).read_text())

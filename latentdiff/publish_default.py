@@ -15,13 +15,14 @@ import tyro
 
 from . import emoji
 from .cli_errors import run_cli
-from .config import ConfigError, TrainConfig, packaged_checkpoint, read_config
+from .config import ConfigError, TrainConfig, packaged_checkpoint
 from .demo import PROMPTS, draw
 from .ema_sweep import SWEEP
 from .evaluation_report import CURVE, NUMBERS, read_numbers, rows
 from .finishing import training_command
 from .hub import model_card
 from .pipelines.portable_saving import write_code
+from .presets import read_config
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json", "inpainting": "inpainting.json"}

@@ -26,6 +26,7 @@ from .models import (
     FrozenParts,
     UNet,
     UNetWithTextEncoder,
+    add_guidance_input,
     build_unet,
     hide_loading_bars,
     load_frozen,
@@ -36,6 +37,7 @@ from .models import (
 )
 from .mp_unet import MPUNet2DConditionModel
 from .pipelines.inpaint import LatentDiffInpaintPipeline
+from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddpm import DDPMScheduler
 from .sharding import ShardingAccelerator, is_sharded, parts_put_back, sharding_plugin
 from .training_data import Data
@@ -99,8 +101,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler]:
-    """The parts around the UNet, the UNet in fp32 and the noise schedule.
+def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler | ConsistencyScheduler]:
+    """The parts around the UNet, the UNet in fp32 and the noise schedule, as the scheduler of what is trained.
 
     Raises:
         ConfigError: a part is missing, the UNet does not fit the VAE or the text encoder, or that cannot be trained.
@@ -127,6 +129,12 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
     _check_fits(config, unet, latent_channels, in_channels, text_width)
     if unet.config.in_channels != in_channels:
         widen_input(unet, in_channels)
+    if config.consistency is not None:
+        scheduler = ConsistencyScheduler.from_config(
+            scheduler.config, original_inference_steps=config.consistency_steps
+        )
+        if config.consistency == "distillation" and len(config.consistency_guidance) == 2:
+            add_guidance_input(unet)
     if isinstance(unet, MPUNet2DConditionModel):
         _settle_schedule(unet, scheduler)
     if not torch.cuda.is_available() and isinstance(unet, UNet2DConditionModel):
@@ -357,7 +365,7 @@ class Validation:
         if not (self._accelerator.is_main_process or is_sharded(model)):
             return
         with self._ema.swapped_into(model) if self._ema else nullcontext(), parts_put_back(model):
-            if self._held_out_loss.pictures:
+            if self._held_out_loss.pictures and self._config.consistency is None:  # it is no denoising loss
                 self._measure(model, done)
             if self._draws and done:  # before the first step there is nothing to see
                 self._draw(networks_of(model)["unet"], done)

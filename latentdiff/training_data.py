@@ -80,12 +80,19 @@ def load_data(
         noise_offset=config.noise_offset,
         shuffle_buffer=config.shuffle_buffer,
         device=accelerator.device,
+        guidance_range=_guidance_range(config),
         **shared,
     )
     held_out_loss = HeldOutLoss(pictures, moments, hidden_states, **shared)
     examples = masked_examples(pictures) if inpainting else []
     _give_back_memory()
     return Data(pictures, moments, hidden_states, batches, held_out_loss, examples)
+
+
+def _guidance_range(config: TrainConfig) -> tuple[float, float] | None:
+    if config.consistency != "distillation":
+        return None
+    return min(config.consistency_guidance), max(config.consistency_guidance)
 
 
 def _give_back_memory() -> None:

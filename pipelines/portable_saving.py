@@ -18,12 +18,18 @@ from diffusers.utils import logging
 
 from latentdiff.noise_schedule import make_betas
 from latentdiff.posthoc_ema import copy_snapshots
+from latentdiff.scheduling_consistency import ConsistencyScheduler
 from latentdiff.scheduling_ddim import DDIMScheduler
 from latentdiff.scheduling_ddpm import DDPMScheduler
 
 logger = logging.get_logger(__name__)
 
-_OUR_SCHEDULERS = {diffusers.DDIMScheduler: DDIMScheduler, diffusers.DDPMScheduler: DDPMScheduler}
+# By what takes their place where only diffusers is installed.
+_OUR_SCHEDULERS = {
+    diffusers.DDIMScheduler: DDIMScheduler,
+    diffusers.DDPMScheduler: DDPMScheduler,
+    diffusers.LCMScheduler: ConsistencyScheduler,
+}
 # StableDiffusionPipeline sets these two in any scheduler it is given, whatever the scheduler's config file says.
 _STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
 
@@ -45,6 +51,7 @@ SHARED = (
     "clip_guidance.py",
     "noise_schedule.py",
     "posthoc_ema.py",
+    "scheduling_consistency.py",
     "scheduling_ddim.py",
     "scheduling_ddpm.py",
 )
@@ -56,7 +63,7 @@ OWN_UNETS: dict[str, type] = {}
 
 
 def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Return the scheduler that a pipeline uses for `scheduler`: ours for diffusers' own DDIM and DDPM.
+    """Return the scheduler that a pipeline uses for `scheduler`: ours for diffusers' own DDIM, DDPM and LCM.
 
     `steps_offset` and `clip_sample` get the values that StableDiffusionPipeline forces on every scheduler, so that both
     pipelines draw the same picture; a value that has to change for it is logged.
@@ -208,9 +215,9 @@ class PortableSaving:
         index.pop("_name_or_path", None)  # where these weights were loaded from is nobody else's path
         if kind := carried_class(self.unet):
             index["unet"] = [_module_name(kind), kind.__name__]
-        name = type(self.scheduler).__name__
-        if name in {scheduler.__name__ for scheduler in _OUR_SCHEDULERS}:
-            index["scheduler"] = ["diffusers", name]
+        for theirs, ours in _OUR_SCHEDULERS.items():
+            if type(self.scheduler).__name__ in (theirs.__name__, ours.__name__):
+                index["scheduler"] = ["diffusers", theirs.__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from latentdiff.cli_errors import parse_train_config, run_training
-from latentdiff.config import PRESETS, ConfigError, TrainConfig, preset, read_config
+from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.presets import PRESETS, preset, read_config
 
 
 def one_line(capsys, argv: list[str], main=lambda config: None) -> str:

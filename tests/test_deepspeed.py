@@ -12,8 +12,9 @@ from test_sharding import ALONE, SETTINGS, STEPS, WORDS, assert_close, assert_sa
 
 import kill_stress
 import test_distributed
-from latentdiff.config import ConfigError, TrainConfig, preset
+from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.deepspeed_zero import zero_plugin
+from latentdiff.presets import preset
 
 installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 # What `accelerate launch` sets for use_deepspeed: true, with the number of micro-batches that it says by default.

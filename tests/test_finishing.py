@@ -6,8 +6,9 @@ import shlex
 import pytest
 
 from latentdiff.cli_errors import parse_train_config
-from latentdiff.config import PRESETS, TrainConfig
+from latentdiff.config import TrainConfig
 from latentdiff.finishing import training_command
+from latentdiff.presets import PRESETS
 
 
 @pytest.mark.parametrize(

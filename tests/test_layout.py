@@ -12,12 +12,15 @@ PACKAGE = ROOT / "latentdiff"
 # Modules of the project that a file may import from; files that are not named may import any.
 ALLOWED = {
     "config": set(),
+    "presets": {"config"},
     "noise_schedule": set(),
     "clip_guidance": {"guidance", "noise_schedule"},
     "scheduling_ddpm": {"noise_schedule"},
     "scheduling_ddim": {"noise_schedule"},
     "scheduler_conformance": {"noise_schedule", "scheduling_ddpm", "scheduling_ddim"},
     "losses": {"noise_schedule"},
+    "scheduling_consistency": {"noise_schedule"},
+    "consistency": {"guidance", "noise_schedule", "scheduling_consistency"},
     "mp_layers": set(),
     "mp_unet": {"mp_layers", "noise_schedule"},
     "weight_norm": {"config", "mp_layers", "mp_unet", "sharding"},
@@ -49,7 +52,7 @@ ALLOWED = {
     "cli": {"cli_base", "cli_errors", "cli_measuring", "config", "serve"},
     "cli_base": {"config"},
     "cli_measuring": {"cli_base", "config"},
-    "cli_errors": {"config"},
+    "cli_errors": {"config", "presets"},
     "loading": {
         "clip_guidance",
         "config",

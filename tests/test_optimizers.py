@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from latentdiff.cli_errors import parse_train_config
-from latentdiff.config import PRESETS, ConfigError, TrainConfig
+from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.optimizers import check_same_optimizer, make_optimizer, state_bytes
+from latentdiff.presets import PRESETS
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from latentdiff import publish_default
-from latentdiff.config import PRESETS, ConfigError, TrainConfig
+from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.pipelines.portable_saving import code_files
+from latentdiff.presets import PRESETS
 from latentdiff.publish_default import PublishConfig, main
 
 

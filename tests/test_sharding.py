@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import kill_stress
 import test_distributed
-from latentdiff.config import ConfigError, TrainConfig, preset
+from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.posthoc_ema import SNAPSHOTS
+from latentdiff.presets import preset
 from latentdiff.sharding import sharding_plugin
 from test_distributed import log
 

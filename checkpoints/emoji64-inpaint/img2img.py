@@ -135,5 +135,6 @@ from .noise_schedule import __name__ as _  # noqa: E402, F401
 from .portable_saving import __name__ as _  # noqa: E402, F401
 from .posthoc_ema import __name__ as _  # noqa: E402, F401
 from .prompt_embedding import __name__ as _  # noqa: E402, F401
+from .scheduling_consistency import __name__ as _  # noqa: E402, F401
 from .scheduling_ddim import __name__ as _  # noqa: E402, F401
 from .scheduling_ddpm import __name__ as _  # noqa: E402, F401

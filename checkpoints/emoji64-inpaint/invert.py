@@ -312,4 +312,5 @@ def _of_each(column: list[str] | torch.Tensor, count: int) -> list[str] | torch.
 from .noise_schedule import __name__ as _  # noqa: E402, F401
 from .portable_saving import __name__ as _  # noqa: E402, F401
 from .posthoc_ema import __name__ as _  # noqa: E402, F401
+from .scheduling_consistency import __name__ as _  # noqa: E402, F401
 from .scheduling_ddpm import __name__ as _  # noqa: E402, F401

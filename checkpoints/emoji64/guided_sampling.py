@@ -27,7 +27,8 @@ StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 def guidance_embedding(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal embedding (B, dim) of 1000 w, for UNets distilled to take the guidance weight as an input; w: (B,)."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    number = torch.arange(half, dtype=torch.float32, device=guidance_scale.device)
+    frequencies = torch.exp(number * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = (guidance_scale * 1000.0).float()[:, None] * frequencies[None, :]
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(embedding, (0, dim % 2))
