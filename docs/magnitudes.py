@@ -29,11 +29,12 @@ from torch import nn
 
 from latentdiff.checkpoint import list_checkpoints, step_of
 from latentdiff.cli_errors import run_cli
-from latentdiff.config import ConfigError, TrainConfig, read_config
+from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.data import EmojiPictures
 from latentdiff.latent_cache import HiddenStates, Moments
 from latentdiff.models import UNet, load_unet
 from latentdiff.mp_unet import MPUNet2DConditionModel
+from latentdiff.presets import read_config
 from latentdiff.recipe import write_whole
 from latentdiff.training import load_networks
 from latentdiff.validation import TIMESTEPS_PER_PICTURE, HeldOutLoss
