@@ -123,6 +123,9 @@ class TrainConfig:
     consistency_steps: int = 50
     """Into how many steps its noise levels are divided, between neighbours of which it learns to answer alike; without
     a teacher they grow to that number from 10."""
+    consistency_teacher: str | None = None
+    """Folder or Hub id of the teacher's pipeline, where the student begins from another UNet, which may be smaller or
+    have another prediction type; by default it is the pretrained model itself."""
     consistency_guidance: tuple[float, ...] = (1.0, 8.0)
     """The teacher's guidance: one value for good, with which pictures are then drawn at guidance 1; or the ends of a
     range, from which the student takes any as an input."""
@@ -326,9 +329,9 @@ def _check_power_ema(config: TrainConfig) -> None:
 
 
 def _check_consistency(config: TrainConfig) -> None:
-    guidance, usual = config.consistency_guidance, TrainConfig.consistency_guidance
+    guidance = config.consistency_guidance
     if config.consistency is None:
-        for name in ("consistency_steps", "consistency_guidance"):
+        for name in ("consistency_steps", "consistency_teacher", "consistency_guidance"):
             if getattr(config, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name}: has no effect without --consistency")
         return
@@ -338,15 +341,18 @@ def _check_consistency(config: TrainConfig) -> None:
                 f"{name}: weighs the denoising loss, which is not what consistency {config.consistency} has"
             )
     if config.consistency == "training":
-        if guidance != usual:
-            raise ConfigError("consistency_guidance: is the teacher's, and consistency 'training' has none")
+        for name in ("consistency_teacher", "consistency_guidance"):
+            if getattr(config, name) != getattr(TrainConfig, name):
+                raise ConfigError(f"{name}: has no effect with consistency 'training', which has no teacher")
         if config.consistency_steps < 10:
             raise ConfigError(f"consistency_steps: {config.consistency_steps} is below 10, at which it begins")
         return
-    if config.unet != "pretrained":
-        raise ConfigError(f"consistency: 'distillation' is of a pretrained UNet; unet is {config.unet!r}")
-    if config.prediction_type is not None or config.rescale_betas_zero_snr:
-        raise ConfigError("consistency: 'distillation' keeps the teacher's prediction_type and noise schedule")
+    if config.unet != "pretrained" and config.consistency_teacher is None:
+        raise ConfigError(
+            f"consistency: 'distillation' of new weights (unet {config.unet!r}) needs consistency_teacher"
+        )
+    if config.prediction_type is not None and config.unet == "pretrained":
+        raise ConfigError("prediction_type: a student that begins from a pretrained UNet keeps that one's")
     if config.train_text_encoder:
         raise ConfigError("train_text_encoder: consistency 'distillation' has a teacher that reads as the student does")
     if not 1 <= len(guidance) <= 2 or min(guidance) < 1 or sorted(set(guidance)) != list(guidance):

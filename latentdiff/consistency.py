@@ -75,5 +75,5 @@ def pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def discretization_steps(step: int, total_steps: int, first: int, last: int) -> int:
     """Into how many steps the noise levels are divided when training without a teacher: doubled from `first` to `last`
     in equal parts of the run (arXiv 2310.14189, section 3.4)."""
-    doublings = math.floor(math.log2(last / first)) + 1
-    return min(first * 2 ** (step * doublings // total_steps), last)
+    parts = math.ceil(math.log2(last / first)) + 1
+    return min(first * 2 ** (step * parts // total_steps), last)

@@ -2,14 +2,13 @@
 without one (see `consistency`)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 
 from .batches import Batch
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 from .consistency import (
     Network,
     consistency_function,
@@ -22,7 +21,7 @@ from .models import UNet, freeze, load_unet
 from .pipelines.guided_sampling import guidance_embedding
 from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddpm import DDPMScheduler
-from .training import training_loss
+from .training import load_schedule, training_loss, use_fast_attention
 from .training_data import Data
 
 FEWEST_STEPS = 10  # of training without a teacher, at its beginning (arXiv 2310.14189, section 3.4)
@@ -45,7 +44,8 @@ def make_objective(
         ConfigError: the teacher cannot be loaded.
     """
     if config.consistency == "distillation":
-        teacher = load_teacher(config).to(accelerator.device)
+        teacher = load_teacher(config, scheduler, unet)
+        teacher.unet.to(accelerator.device)
         empty_caption = data.hidden_states([0], [-1]).to(accelerator.device)
         guidance_width = getattr(unet.config, "time_cond_proj_dim", None)
         return Distillation(scheduler, teacher, empty_caption, accelerator, guidance_width)
@@ -54,12 +54,35 @@ def make_objective(
     return lambda model, batch, step: training_loss(model, scheduler, batch, config)
 
 
-def load_teacher(config: TrainConfig) -> UNet:
-    """The pretrained UNet, frozen, in fp32."""
-    teacher = freeze(load_unet(config.pretrained_model_name_or_path, config.revision, config.variant))
-    if not torch.cuda.is_available() and isinstance(teacher, UNet2DConditionModel):
-        teacher.set_attn_processor(AttnProcessor())
-    return teacher
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen UNet and what it puts out."""
+
+    unet: UNet
+    prediction_type: str
+
+
+def load_teacher(config: TrainConfig, scheduler: ConsistencyScheduler, student: UNet) -> Teacher:
+    """The teacher that the settings name, in fp32.
+
+    Raises:
+        ConfigError: it cannot be loaded, is of another noise schedule than the student, or takes other inputs.
+    """
+    source, revision, variant = config.consistency_teacher, None, None
+    if source is None:
+        source, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
+    unet, theirs = freeze(load_unet(source, revision, variant)), load_schedule(source, revision)
+    if not torch.equal(theirs.alphas_cumprod, scheduler.alphas_cumprod):
+        raise ConfigError(f"consistency_teacher: {source!r} has another noise schedule than the student")
+    for name in ("in_channels", "cross_attention_dim"):
+        if unet.config[name] != student.config[name]:
+            raise ConfigError(
+                f"consistency_teacher: its {name} is {unet.config[name]}, and the student's {student.config[name]}"
+            )
+    if getattr(unet.config, "time_cond_proj_dim", None) is not None:
+        raise ConfigError(f"consistency_teacher: {source!r} takes its guidance as an input: it is a student itself")
+    use_fast_attention(unet)
+    return Teacher(unet, theirs.config.prediction_type)
 
 
 class Distillation:
@@ -70,7 +93,7 @@ class Distillation:
 
     Args:
         scheduler: with the steps that the noise levels are divided into.
-        teacher: frozen, on the device.
+        teacher: on the device.
         empty_caption: (1, L, D), what its guidance leads away from.
         guidance_width: of the student's input for the guidance weight, where it has one.
     """
@@ -78,7 +101,7 @@ class Distillation:
     def __init__(
         self,
         scheduler: ConsistencyScheduler,
-        teacher: UNet,
+        teacher: Teacher,
         empty_caption: torch.Tensor,
         accelerator: Accelerator,
         guidance_width: int | None,
@@ -93,11 +116,11 @@ class Distillation:
         x_t, timesteps, earlier = noised(self._scheduler, batch, self._skip)
         with torch.no_grad(), self._autocast():
             x_s = guided_ddim_step(
-                told(self._teacher, batch, batch.encoder_hidden_states),
-                told(self._teacher, batch, self._empty_caption.expand(len(x_t), -1, -1)),
+                told(self._teacher.unet, batch, batch.encoder_hidden_states),
+                told(self._teacher.unet, batch, self._empty_caption.expand(len(x_t), -1, -1)),
                 batch.guidance_scales,
                 self._scheduler.alphas_cumprod,
-                self._scheduler.config.prediction_type,
+                self._teacher.prediction_type,
                 x_t,
                 timesteps,
                 earlier,

@@ -1,0 +1,156 @@
+"""Distillation through the training script at toy size: what it learns, keeps, saves and refuses."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_components
+from latentdiff import ConsistencyScheduler, LatentDiffPipeline
+from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.models import add_guidance_input
+
+DISTILL = {"consistency": "distillation", "caption_dropout": 0.0, "lr_warmup_steps": 0}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def trained(folder: Path, part: str = "unet") -> dict[str, torch.Tensor]:
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def latents_of(folder: Path, kind=LatentDiffPipeline, **options) -> torch.Tensor:
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    options = {"generator": torch.Generator().manual_seed(0), **options}
+    return pipe(["a cat"] * 4, latents=noise, output_type="latent", **options).images
+
+
+def test_the_student_draws_in_a_step_what_the_teacher_draws_in_many(train, tiny_pipeline_folder):
+    """Else the loss falls and nothing has been learned: the student has to be nearer to the end of the teacher's guided
+    trajectories than the teacher's own first guess, and that for several guidance weights."""
+    before = {name: tensor.clone() for name, tensor in trained(tiny_pipeline_folder).items()}
+    folder = train(**DISTILL, max_train_steps=120, learning_rate=4e-3, use_ema=False, consistency_steps=10)
+    after = trained(tiny_pipeline_folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for scale in (1.5, 7.0):
+        wanted = latents_of(tiny_pipeline_folder, num_inference_steps=100, guidance_scale=scale)
+        guess = latents_of(tiny_pipeline_folder, num_inference_steps=1, guidance_scale=scale)
+        found = latents_of(folder, num_inference_steps=1, guidance_scale=scale)
+        assert (found - wanted).square().mean() < 0.25 * (guess - wanted).square().mean()
+
+
+def test_a_finished_folder_is_drawn_with_as_a_consistency_model(train):
+    """Else it is drawn with DDIM, which blurs, or its guidance weight has no effect, or diffusers cannot load it."""
+    folder = train(**DISTILL)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "LCMScheduler"]
+    pipe = LatentDiffPipeline.from_pretrained(folder)
+    assert type(pipe.scheduler) is ConsistencyScheduler and pipe.scheduler.config.original_inference_steps == 50
+    one, other = (latents_of(folder, num_inference_steps=2, guidance_scale=scale) for scale in (1.0, 8.0))
+    assert not torch.equal(one, other)
+    theirs = latents_of(folder, diffusers.StableDiffusionPipeline, num_inference_steps=2, guidance_scale=8.0)
+    assert torch.equal(other, theirs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"consistency": "distillation"},
+        {"consistency": "distillation", "consistency_guidance": (4.0,), "lora_rank": 2},
+        {"consistency": "training", "consistency_steps": 20, "caption_dropout": 0.3},
+    ],
+    ids=["distillation", "LoRA", "training"],
+)
+def test_a_run_goes_on_to_the_last_bit(train, tmp_path, changes):
+    """Else a resume draws other guidance weights, or starts the division of the noise levels again."""
+    changes = {**DISTILL, **changes, "checkpointing_steps": 2}
+    whole = train(**changes, output_dir=str(tmp_path / "whole"))
+    for steps in (2, 4):
+        changes |= {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+        half = train(**changes | ({"num_train_epochs": None} if steps == 4 else {}), output_dir=str(tmp_path / "half"))
+    assert losses(half) == losses(whole)
+    name = "pytorch_lora_weights.safetensors"
+    one, other = (load_file(f / name) if (f / name).exists() else trained(f) for f in (whole, half))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_distilled_lora_is_drawn_with_by_both_libraries(train, settings):
+    """Else adapters that make a model fast are of no use without this project."""
+    folder = train(**DISTILL, consistency_guidance=(4.0,), lora_rank=2)
+    found = []
+    for kind, scheduler in (
+        (LatentDiffPipeline, ConsistencyScheduler),
+        (diffusers.StableDiffusionPipeline, diffusers.LCMScheduler),
+    ):
+        pipe = kind.from_pretrained(settings["pretrained_model_name_or_path"])
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        without = pipe("a cat", num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
+        pipe.load_lora_weights(folder)
+        picture = pipe("a cat", num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
+        found.append(picture.images[0].tobytes())
+        assert found[-1] != without.images[0].tobytes()
+    assert found[0] == found[1]
+
+
+def test_the_teacher_may_be_another_network(train, tiny_pipeline_folder, tmp_path):
+    """Else what the teacher puts out is taken for what the student does, or a teacher that cannot teach it is let pass.
+
+    With a guidance of 1 and the same weights, a student that begins at the teacher has the loss that it has without one
+    named; of another prediction type it has another.
+    """
+    fixed = {**DISTILL, "consistency_guidance": (1.0,), "max_train_steps": 1}
+    own = losses(train(**fixed, output_dir=str(tmp_path / "own")))
+    assert own == losses(train(**fixed, output_dir=str(tmp_path / "a"), consistency_teacher=str(tiny_pipeline_folder)))
+    pipe = LatentDiffPipeline(**tiny_components())
+    for settings in ({"prediction_type": "v_prediction"}, {"beta_end": 0.02}):
+        pipe.scheduler = type(pipe.scheduler).from_config(tiny_components()["scheduler"].config, **settings)
+        pipe.save_pretrained(tmp_path / "teacher")
+        named = {"consistency_teacher": str(tmp_path / "teacher"), "output_dir": str(tmp_path / "b")}
+        if "beta_end" in settings:
+            with pytest.raises(ConfigError, match="another noise schedule"):
+                train(**fixed, **named)
+        else:
+            assert losses(train(**fixed, **named)) != own
+
+
+def test_a_guidance_input_changes_nothing_until_it_is_trained():
+    """Else the student does not begin as the teacher."""
+    unet, text = tiny_components()["unet"], torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    latents, timesteps = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([999, 19])
+    with torch.no_grad():
+        before = unet(latents, timesteps, text).sample
+        add_guidance_input(unet)
+        after = unet(latents, timesteps, text, timestep_cond=torch.randn(2, 256)).sample
+    assert torch.equal(before, after) and unet.config.time_cond_proj_dim == 256
+    peer = diffusers.UNet2DConditionModel(**{k: v for k, v in unet.config.items() if not k.startswith("_")})
+    assert peer.state_dict().keys() == unet.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"consistency_steps": 20}, "consistency_steps: has no effect"),
+        ({"consistency": "distillation"}, "consistency: 'distillation' of new weights"),
+        ({"consistency": "training", "consistency_guidance": (2.0,)}, "consistency_guidance: has no effect"),
+        ({"consistency": "training", "consistency_teacher": "x"}, "consistency_teacher: has no effect"),
+        ({"consistency": "training", "snr_gamma": 5.0}, "snr_gamma: weighs"),
+        ({"consistency": "training", "consistency_steps": 5}, "consistency_steps: 5"),
+        ({**DISTILL, "unet": "pretrained", "consistency_guidance": (4.0, 2.0)}, "consistency_guidance: "),
+        ({**DISTILL, "unet": "pretrained", "consistency_guidance": (0.5,)}, "consistency_guidance: "),
+        ({**DISTILL, "unet": "pretrained", "lora_rank": 2}, "consistency_guidance: a range"),
+        ({**DISTILL, "unet": "pretrained", "prediction_type": "v_prediction"}, "prediction_type: a student"),
+        ({**DISTILL, "unet": "pretrained", "train_text_encoder": True}, "train_text_encoder: "),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, named):
+    """Else an option is taken and not used, or a run fails after hours."""
+    with pytest.raises(ConfigError, match=named):
+        TrainConfig(**changes)
