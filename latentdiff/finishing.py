@@ -122,6 +122,8 @@ def training_command(settings: dict) -> str:
         settings: all of a `TrainConfig`, by name.
     """
     preset = "finetune" if settings["unet"] == "pretrained" else "emoji64"
+    if settings.get("consistency") == "distillation":
+        preset = "distill"
     defaults = {field.name: field.default for field in fields(TrainConfig)} | PRESETS[preset]
     defaults["pretrained_model_name_or_path"] = packaged_checkpoint()
     words = [] if preset == "emoji64" else ["--preset", preset]
@@ -137,6 +139,15 @@ def training_command(settings: dict) -> str:
     return shlex.join(["accelerate", "launch", "train_text2img.py", *words])
 
 
+def _few_steps(config: TrainConfig) -> dict[str, object]:
+    """What is passed to a call that draws with a consistency model: where guidance is for good inside it, none more."""
+    if config.consistency is None:
+        return {}
+    is_fixed = config.consistency == "distillation" and len(config.consistency_guidance) == 1
+    guidance = 1.0 if is_fixed else config.validation_guidance_scale
+    return {"num_inference_steps": config.validation_inference_steps, "guidance_scale": guidance}
+
+
 def _write_card(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
     pictures = sorted((folder / "validation").glob("step-*.png"))
@@ -146,6 +157,9 @@ def _write_card(config: TrainConfig) -> None:
     is_hub_id = not Path(source).exists()
     inpaints = config.task == "inpaint"
     kind = "inpainting model: it paints what a mask leaves open, after words" if inpaints else "text-to-image model"
+    if config.consistency is not None:
+        kind += " that draws in one to eight steps (a latent consistency model)"
+    sampler = "DDIM" if config.consistency is None else "Multistep consistency sampling"
     what_is_drawn = "masked, drawn, and as it was" if inpaints else "; ".join(config.validation_prompts)
     model_card(
         repo_name(config),
@@ -159,8 +173,10 @@ def _write_card(config: TrainConfig) -> None:
         samples={str(pictures[-1].relative_to(folder)): what_is_drawn} if pictures else None,
         prompt=next(iter(config.validation_prompts), "a cat"),
         training_command=training_command(asdict(config)),
-        sampler=f"DDIM, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
+        sampler=f"{sampler}, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
         data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,
+        call=_few_steps(config),
+        draws_in_few_steps=config.consistency is not None,
         datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
     ).save(folder / "README.md")

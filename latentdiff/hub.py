@@ -56,6 +56,8 @@ def model_card(
     tags: Sequence[str] = (),
     lora_of: str | None = None,
     inpaints: bool = False,
+    call: Mapping[str, object] | None = None,
+    draws_in_few_steps: bool = False,
 ) -> ModelCard:
     """Build the README.md of a saved folder; `.save(folder / "README.md")` writes it. What is not given has no section.
 
@@ -71,6 +73,8 @@ def model_card(
         datasets: Hub data sets, by id.
         lora_of: the folder holds LoRA weights alone, for this model.
         inpaints: the model paints what a mask leaves open.
+        call: what else is passed where a picture is drawn.
+        draws_in_few_steps: it is a consistency model, or makes one of another model (LoRA).
 
     Raises:
         ValueError: a picture's path that is not inside the folder.
@@ -81,7 +85,7 @@ def model_card(
             raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
     sections = {
         "Samples": _picturetable(samples),
-        "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of, inpaints),
+        "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of, inpaints, call or {}, draws_in_few_steps),
         "Sampler": sampler,
         "Metrics": table(("measure", "value"), (metrics or {}).items()),
         "Training": _code("bash", training_command) if training_command else "",
@@ -89,7 +93,8 @@ def model_card(
         "Data, licences and credits": table(("data", "licence and credit"), (data or {}).items()),
         "Limits": "\n".join(f"- {limit}" for limit in limits),
     }
-    kinds = [kind for kind, is_one in (("lora", lora_of), ("inpainting", inpaints)) if is_one]
+    is_it = {"lora": lora_of, "inpainting": inpaints, "latent-consistency-model": draws_in_few_steps}
+    kinds = [kind for kind, is_one in is_it.items() if is_one]
     front = ModelCardData(
         language="en",
         license=license,
@@ -104,15 +109,23 @@ def model_card(
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n")
 
 
-def _usage(source: str, prompt: str, lora_of: str | None, inpaints: bool) -> str:
+def _usage(
+    source: str,
+    prompt: str,
+    lora_of: str | None,
+    inpaints: bool,
+    call_with: Mapping[str, object],
+    draws_in_few_steps: bool,
+) -> str:
     """The three ways to load the folder, or the two to load LoRA weights, which all draw the same picture."""
     source, prompt, base = (json.dumps(text, ensure_ascii=False) for text in (source, prompt, lora_of))
-    kind, carried, helper, call = "", source, "", f"pipe({prompt}).images[0]"
+    options = "".join(f", {name}={value!r}" for name, value in call_with.items())
+    kind, carried, helper, call = "", source, "", f"pipe({prompt}{options}).images[0]"
     if inpaints:
         kind, carried, helper = "Inpaint", '"inpaint"', "\nfrom diffusers.utils import load_image"
         call = (
             'picture, mask = load_image("picture.png"), load_image("mask.png")  # white is painted\n'
-            f"pipe({prompt}, image=picture, mask_image=mask).images[0]"
+            f"pipe({prompt}, image=picture, mask_image=mask{options}).images[0]"
         )
     ways = [
         ("With latentdiff", "latentdiff", f"LatentDiff{kind}Pipeline", ""),
@@ -127,8 +140,13 @@ def _usage(source: str, prompt: str, lora_of: str | None, inpaints: bool) -> str
     blocks = []
     for title, package, pipeline, options in ways[:2] if lora_of else ways:
         loaded = base if lora_of else source
-        load = f"from {package} import {pipeline}{helper}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
+        # A LoRA's model has a scheduler of its own.
+        scheduler = {"latentdiff": "ConsistencyScheduler", "diffusers": "LCMScheduler"}[package]
+        sets_scheduler = bool(lora_of and draws_in_few_steps)
+        imports = f"{pipeline}, {scheduler}" if sets_scheduler else pipeline
+        load = f"from {package} import {imports}{helper}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
         load += f"\npipe.load_lora_weights({source})" if lora_of else ""
+        load += f"\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)" if sets_scheduler else ""
         blocks.append(f"{title}:\n\n" + _code("python", f"{load}\n{call}"))
     return "\n\n".join(blocks)
 

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from .config import TrainConfig
 from .data import CaptionedPictures
+from .distill import Objective, make_objective
 from .ema_snapshots import snapshot_steps
 from .latents import encode_moments, to_pixels
 from .models import FrozenParts, hide_loading_bars, trained_model
@@ -29,7 +30,6 @@ from .training import (
     make_accelerator,
     make_output_dir,
     optimizer_steps,
-    training_loss,
 )
 from .training_data import Data, load_data
 
@@ -65,10 +65,11 @@ def check(config: TrainConfig, say: Callable[[str], None] = print) -> bool:
     optimizer = make_optimizer(config, model)
     data = load_data(config, accelerator, parts, unet, scheduler)
     parts.to(accelerator.device)
+    objective = make_objective(config, accelerator, scheduler, unet, data, optimizer_steps(config, data.batches))
     findings = chain(
         first_look(config, parts, unet, data),
         _vae(parts.vae, data.pictures, accelerator.device),
-        _steps(config, accelerator, model, optimizer, scheduler, data),
+        _steps(config, accelerator, model, optimizer, objective, data),
     )
     warnings = 0
     for finding in findings:
@@ -200,7 +201,7 @@ def _steps(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler,
+    objective: Objective,
     data: Data,
 ) -> Iterator[Finding]:
     """A few real optimizer steps, whose result is thrown away."""
@@ -211,7 +212,7 @@ def _steps(
         started = time.perf_counter()
         for micro_step in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(model):
-                loss = training_loss(model, scheduler, data.batches.at(step, micro_step), config).mean()
+                loss = objective(model, data.batches.at(step, micro_step), step).mean()
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

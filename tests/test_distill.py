@@ -1,6 +1,7 @@
 """Distillation through the training script at toy size: what it learns, keeps, saves and refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import diffusers
@@ -13,7 +14,12 @@ from latentdiff import ConsistencyScheduler, LatentDiffPipeline
 from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.models import add_guidance_input
 
-DISTILL = {"consistency": "distillation", "caption_dropout": 0.0, "lr_warmup_steps": 0}
+DISTILL = {
+    "consistency": "distillation",
+    "caption_dropout": 0.0,
+    "lr_warmup_steps": 0,
+    "validation_inference_steps": 4,
+}
 
 
 def losses(folder: Path) -> list[float]:
@@ -79,6 +85,20 @@ def test_a_run_goes_on_to_the_last_bit(train, tmp_path, changes):
     name = "pytorch_lora_weights.safetensors"
     one, other = (load_file(f / name) if (f / name).exists() else trained(f) for f in (whole, half))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "whole"])
+def test_the_lines_of_the_model_card_draw(train, lora):
+    """Else whoever copies them draws with DDIM, in fifty steps, or with guidance upon guidance."""
+    folder = train(**DISTILL, max_train_steps=1, consistency_guidance=(4.0,), lora_rank=2 if lora else None)
+    card = (folder / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", card, flags=re.S)[:2]:
+        *lines, last = block.replace("path/to/this/folder", str(folder)).strip().splitlines()
+        assert last == 'pipe("a cat", num_inference_steps=4, guidance_scale=1.0).images[0]'
+        names: dict = {}
+        exec("\n".join([*lines, "picture = " + last]), names)
+        assert names["pipe"].num_timesteps == 4 and names["picture"].size == (16, 16)
+        assert type(names["pipe"].scheduler).__name__ in ("ConsistencyScheduler", "LCMScheduler")
 
 
 def test_a_distilled_lora_is_drawn_with_by_both_libraries(train, settings):
