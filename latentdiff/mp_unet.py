@@ -5,6 +5,11 @@ are scaled for independent terms of unit magnitude, and there are neither biases
 kept at a magnitude of 1 per number by a call after each step of the optimizer, so that the learning rate alone decides
 how fast they turn.
 
+In two things it goes further than the paper, whose grids are larger. Filters make up for the zeros around a grid, which
+on 4 x 4 take a third of what they sum up (`mp_layers.MPConv2d`). And as encoder blocks normalise what they take,
+decoder blocks normalise what they hand on: residual branches come to agree with what they are added to, and sums of
+what agrees grow.
+
 It is called as `UNet2DConditionModel` is, and gives out what its `prediction_type` says of x_t at a timestep of its
 noise schedule, so that every scheduler and pipeline runs on it. Inside it works on EDM's terms: with
 sigma = sqrt((1 - abar_t) / abar_t) and x = x_t / sqrt(abar_t) = x_0 + sigma epsilon,
@@ -83,7 +88,10 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class MPBlock(nn.Module):
-    """A residual block, after EDM2's figure 21, and behind it attention where it is wanted."""
+    """A residual block, after EDM2's figure 21, and behind it attention where it is wanted.
+
+    A block that `encodes` begins with its trunk at magnitude 1 in each pixel, another one ends with it.
+    """
 
     def __init__(
         self,

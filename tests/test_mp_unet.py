@@ -129,6 +129,19 @@ def test_activations_at_initialisation_are_one_in_every_block():
     assert (magnitudes.mean(dim=1) - 1).abs().max() < 0.1, found
 
 
+def test_the_decoder_stays_at_one_when_filters_agree():
+    """Else it grows in training: residual branches come to say what they are added to, and what agrees adds up."""
+    unet, found = toy(), []
+    for layer in unet.modules():
+        if isinstance(layer, MPConv2d):
+            torch.nn.init.constant_(layer.weight, 1.0)
+    for block in [*unet.middle, *unet.decoder]:
+        block.register_forward_hook(lambda _, __, output: found.append(magnitude(output)))
+    with torch.no_grad():
+        unet(*inputs())
+    assert len(found) == 7 and all(value == pytest.approx(1, abs=1e-3) for value in found)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_zeros_around_a_grid_take_no_magnitude(size):
     """Else every convolution of a small grid makes activations smaller: by half where two by two are left."""
