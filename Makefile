@@ -8,8 +8,9 @@ export TRANSFORMERS_VERBOSITY = error
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m latentdiff.demo
 
+# A process for each core, up to four, of one thread each.
 test: $(VENV)/installed browser
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The tests of the page drive a browser. Where there is none, root on Debian gets one; elsewhere these tests skip.
 browser:
