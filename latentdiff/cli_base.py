@@ -31,10 +31,10 @@ class Command:
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a saved pipeline, or a model on the Hub as owner/name."""
-    num_inference_steps: int = 50
-    """Denoising steps."""
-    guidance_scale: float = 7.5
-    """Weight of classifier-free guidance; 1 is none."""
+    num_inference_steps: int | None = None
+    """Denoising steps; by default 50, and 4 of a checkpoint that was distilled to draw in few."""
+    guidance_scale: float | None = None
+    """Weight of guidance; 1 is none. By default 7.5, and 1 of a distilled checkpoint with guidance of its own."""
     seed: int = 0
     """Picture i starts from the noise of seed + i."""
     batch_size: int = 32
@@ -51,8 +51,8 @@ class Drawing(Command):
     """Pictures drawn at a time; but for a last bit here and there it does not change them."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    scheduler: Literal["ddim", "ddpm", "euler", "dpm++", "unipc"] | None = None
-    """By default the checkpoint's own."""
+    scheduler: Literal["ddim", "ddpm", "euler", "dpm++", "unipc", "lcm"] | None = None
+    """By default the checkpoint's own; lcm is for those distilled to draw in few steps."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     """How a few steps are spread over all; by default as the checkpoint says."""
     karras_sigmas: bool = False
@@ -82,10 +82,13 @@ class Drawing(Command):
     """Replace files that hold something else. Pictures that are there with the same recipe are not drawn again."""
 
     def __post_init__(self) -> None:
-        at_least_1(self, "num_inference_steps", "batch_size")
+        at_least_1(self, "batch_size")
+        if self.num_inference_steps is not None:
+            at_least_1(self, "num_inference_steps")
         within(self, 0, 2**63 - 1, "seed")
         within(self, 0, 1, "eta", "guidance_rescale")
-        within(self, -1e6, 1e6, "guidance_scale")
+        if self.guidance_scale is not None:
+            within(self, -1e6, 1e6, "guidance_scale")
         if self.clip_guidance is not None:
             within(self, 0, 1e6, "clip_guidance")
         low, high = self.guidance_interval or (0, 1)

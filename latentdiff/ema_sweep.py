@@ -120,12 +120,7 @@ class _DrawnPictures:
 
     def __init__(self, command: SweepEma, pipeline: LatentDiffPipeline):
         self._pipeline, emoji_set = pipeline, emoji.load()
-        self._settings = DrawSettings(
-            num_inference_steps=command.num_inference_steps,
-            guidance_scale=command.guidance_scale,
-            seed=command.seed,
-            batch_size=command.batch_size,
-        )
+        self._settings = DrawSettings.of(command, pipeline)
         self._asked = take(training_queries(emoji_set), command.count, "training captions that name a style")
         self._network = feature_networks.load(command.network, pipeline.device)
         self._reference, self._galleries = emoji_reference(self._network, emoji_set, cache_folder())

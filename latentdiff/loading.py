@@ -14,6 +14,7 @@ from .config import ConfigError
 from .models import hide_loading_bars, unet_class
 from .pipelines.text2img import LatentDiffPipeline
 from .recipe import Ingredient, Recipe, folder_ingredient
+from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler
 
@@ -25,6 +26,7 @@ SCHEDULERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": ConsistencyScheduler,
 }
 
 
@@ -153,6 +155,20 @@ def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def usual_drawing(pipeline: LatentDiffPipeline, scheduler: type[SchedulerMixin] | None = None) -> tuple[int, float]:
+    """(steps, guidance scale) where nobody says any.
+
+    A consistency model needs 4 steps. Its teacher's guidance is inside it: if its weight is no input of the UNet, more
+    of it would burn the pictures out.
+
+    Args:
+        scheduler: that is drawn with; by default the pipeline's.
+    """
+    if not issubclass(scheduler or type(pipeline.scheduler), ConsistencyScheduler):
+        return 50, 7.5
+    return 4, 1.0 if getattr(pipeline.unet.config, "time_cond_proj_dim", None) is None else 7.5
 
 
 def scheduler_class(networks: Networks, name: str) -> type[SchedulerMixin]:

@@ -6,7 +6,6 @@ from . import backgrounds as composition
 from . import feature_networks, preflight
 from . import retrieval as prompts
 from .cli import Check
-from .cli_base import Command
 from .cli_measuring import Backgrounds, Retrieval
 from .config import ConfigError
 from .loading import load_pipeline
@@ -14,14 +13,16 @@ from .loading import load_pipeline
 
 def retrieval(command: Retrieval) -> None:
     """Measure, print and, where asked, write JSON."""
-    settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
+    pipeline = load_pipeline(command.checkpoint, command.device)
+    settings = prompts.DrawSettings.of(command, pipeline)
     network = feature_networks.load(device=pipeline.device)
     _report(prompts.retrieval(pipeline, count=command.count, settings=settings, network=network), command.output)
 
 
 def backgrounds(command: Backgrounds) -> None:
     """Measure, print and, where asked, write JSON."""
-    settings, pipeline = _settings(command), load_pipeline(command.checkpoint, command.device)
+    pipeline = load_pipeline(command.checkpoint, command.device)
+    settings = prompts.DrawSettings.of(command, pipeline)
     network = feature_networks.load(device=pipeline.device)
     _report(composition.backgrounds(pipeline, count=command.count, settings=settings, network=network), command.output)
 
@@ -29,15 +30,6 @@ def backgrounds(command: Backgrounds) -> None:
 def check(command: Check) -> None:
     """Say what stands against a run with these settings."""
     preflight.check(command.config)
-
-
-def _settings(command: Command) -> prompts.DrawSettings:
-    return prompts.DrawSettings(
-        num_inference_steps=command.num_inference_steps,
-        guidance_scale=command.guidance_scale,
-        seed=command.seed,
-        batch_size=command.batch_size,
-    )
 
 
 def _report(result: prompts.Measurement, output: Path | None) -> None:

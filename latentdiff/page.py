@@ -35,6 +35,7 @@ from .studio import (
 BRUSH = ("#6366f1", 0.7)
 SCHEDULERS = [
     ("DDIM", "ddim"), ("DDPM", "ddpm"), ("Euler", "euler"), ("DPM-Solver++", "dpm++"), ("UniPC", "unipc"),
+    ("Consistency (LCM)", "lcm"),
 ]  # fmt: skip
 CANVAS = 512  # pixels on which a mask is painted, whatever the picture's size
 KEPT = 100  # pictures in a session's gallery
@@ -77,7 +78,9 @@ class Page:
         self.blocks.queue(max_size=queue_size, default_concurrency_limit=1)
 
     def _lay_out_inputs(self) -> None:
+        usual = self.studio.usual_settings()
         self.prompt = gr.Textbox(label="Prompt", placeholder="a red apple", lines=2, max_length=MAX_PROMPT)
+        self.live = gr.Checkbox(usual.draws_in_few_steps, label="Draw while typing", min_width=120)
         self.negative_prompt = gr.Textbox(
             label="Negative prompt", placeholder="what to lead away from", lines=1, max_length=MAX_PROMPT
         )
@@ -108,11 +111,13 @@ class Page:
                         self.loop = gr.Checkbox(True, label="And back again")
                 self.draw_film = gr.Button("Draw the film", variant="primary")
         with gr.Row():
-            self.steps = gr.Number(50, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=90)
-            self.scheduler = gr.Dropdown(SCHEDULERS, value="ddim", label="Scheduler", min_width=150)
+            self.steps = gr.Number(usual.steps, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=90)
+            self.scheduler = gr.Dropdown(SCHEDULERS, value=usual.scheduler, label="Scheduler", min_width=150)
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
         with gr.Row(equal_height=True):
-            self.guidance = gr.Slider(0, MAX_GUIDANCE, 4, step=0.5, label="Guidance scale", scale=2, min_width=240)
+            self.guidance = gr.Slider(
+                0, MAX_GUIDANCE, usual.guidance_scale, step=0.5, label="Guidance scale", scale=2, min_width=240
+            )
             self.random_seed = gr.Checkbox(True, label="New seed each time", min_width=120)
 
     def _lay_out_outputs(self) -> None:
@@ -151,6 +156,15 @@ class Page:
             )
             drawn.success(self._end, self.shown, buttons, **quick)
             drawn.failure(self._fail, self.shown, [*buttons, self.status], **quick)
+        # Of what is typed while a picture is drawn only the newest is drawn next.
+        self.prompt.input(
+            self._while_typing,
+            [self.live, *settings],
+            [self.picture, self.status, self.recipe, self.shown],
+            trigger_mode="always_last",
+            api_visibility="private",
+            **slow,
+        )
         self.stop.click(self._stop, None, self.status, **quick)
         choice = [self.picture, self.recipe, self.files, self.shown, self.status, self.edit, self.paint]
         self.gallery.select(self._show, self.drawn, choice, **quick)
@@ -190,6 +204,30 @@ class Page:
                     yield self._update(event, drawn)
 
         return handler
+
+    def _while_typing(
+        self, live, prompt, negative_prompt, seed, random_seed, steps, guidance, scheduler
+    ) -> Iterator[dict]:
+        """The picture of a prompt that is not finished, always from the same noise; it is not kept."""
+        if not (live and prompt.strip()):
+            return
+        with plain_errors():
+            settings = Settings(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                scheduler=scheduler,
+            )
+            for event in self.studio.text_to_image(settings, threading.Event()):
+                if isinstance(event, Drawing):
+                    yield {
+                        self.picture: event.images[0],
+                        self.status: html.escape(" ".join(["Drawn while typing.", *event.notes])),
+                        self.recipe: json.loads(event.recipe.to_json()),
+                        self.shown: None,
+                    }
 
     def _image_to_image(self, settings: Settings, stop: threading.Event, path: str | None, strength: float) -> Progress:
         if path is None:

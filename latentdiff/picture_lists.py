@@ -16,7 +16,7 @@ from .cli_base import Drawing
 from .config import ConfigError
 from .drawing import draw_recipes, open_input
 from .grid import labelled_grid
-from .loading import SCHEDULERS, Networks, load_networks
+from .loading import SCHEDULERS, Networks, load_networks, usual_drawing
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png, write_whole
 
 PICTURES_FOLDER = "pictures"
@@ -110,12 +110,13 @@ def picture_recipe(command: Drawing, networks: Networks, **values: Any) -> Recip
     low_high = command.guidance_interval
     scheduler = SCHEDULERS[command.scheduler] if command.scheduler else type(networks.own_scheduler)
     common = {"prompt": "", "seed": command.seed, "scheduler": scheduler.__name__}
+    steps, guidance_scale = usual_drawing(networks.pipeline, scheduler)
     return Recipe(
         negative_prompt=command.negative_prompt,
-        num_inference_steps=command.num_inference_steps,
+        num_inference_steps=steps if command.num_inference_steps is None else command.num_inference_steps,
         timestep_spacing=command.timestep_spacing,
         karras_sigmas=command.karras_sigmas,
-        guidance_scale=command.guidance_scale,
+        guidance_scale=guidance_scale if command.guidance_scale is None else command.guidance_scale,
         guidance_rescale=command.guidance_rescale,
         guidance_interval=low_high and (low_high[0], low_high[1] if low_high[1] < float("inf") else None),
         eta=command.eta,

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import emoji, feature_networks
+from .cli_base import Command
 from .config import ConfigError
 from .drawing import draw_pictures
 from .feature_networks import FeatureNetwork, extract_features
+from .loading import usual_drawing
 from .recipe import write_whole
 
 
@@ -32,6 +34,17 @@ class DrawSettings:
     guidance_scale: float = 7.5
     seed: int = 0
     batch_size: int = 32
+
+    @classmethod
+    def of(cls, command: Command, pipeline: Any) -> "DrawSettings":
+        """As a command says, and where it says nothing as the pipeline draws well."""
+        steps, guidance_scale = usual_drawing(pipeline)
+        return cls(
+            num_inference_steps=steps if command.num_inference_steps is None else command.num_inference_steps,
+            guidance_scale=guidance_scale if command.guidance_scale is None else command.guidance_scale,
+            seed=command.seed,
+            batch_size=command.batch_size,
+        )
 
     def __post_init__(self):
         for name in ("num_inference_steps", "batch_size"):

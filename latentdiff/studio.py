@@ -22,9 +22,10 @@ from PIL import Image
 from . import __version__
 from .drawing import pipeline_of
 from .images import FORMATS, crop_box, resized, upright_rgb
-from .loading import SCHEDULERS, Networks
+from .loading import SCHEDULERS, Networks, usual_drawing
 from .noise_schedule import predict_x0_and_epsilon
 from .recipe import Recipe, file_ingredient
+from .scheduling_consistency import ConsistencyScheduler
 
 MAX_PIXELS = 16_000_000  # of a picture to start from; 48 MB once it is unpacked
 MAX_PROMPT = 2000  # characters
@@ -69,6 +70,17 @@ class Settings:
     def with_seed(self) -> "Settings":
         """The same, with any seed where none is given."""
         return self if self.seed is not None else replace(self, seed=secrets.randbelow(MAX_SEED + 1))
+
+
+@dataclass(frozen=True)
+class Usual:
+    """With what a checkpoint draws well."""
+
+    scheduler: str
+    """One of `loading.SCHEDULERS`."""
+    steps: int
+    guidance_scale: float
+    draws_in_few_steps: bool
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -119,6 +131,14 @@ class Studio:
         self.networks, self.inpainting = networks, inpainting or networks
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drawing")
         self._closed = threading.Event()
+
+    def usual_settings(self) -> Usual:
+        """What to begin with: a consistency model draws in 4 steps, others with DDIM in 50."""
+        pipeline = self.networks.pipeline
+        if not isinstance(pipeline.scheduler, ConsistencyScheduler):
+            return Usual("ddim", Settings.num_inference_steps, Settings.guidance_scale, False)
+        steps, guidance_scale = usual_drawing(pipeline)
+        return Usual("lcm", steps, min(guidance_scale, Settings.guidance_scale), True)
 
     def text_to_image(self, settings: Settings, stop: threading.Event) -> Progress:
         """A picture of the prompt. Like every drawing it ends after the step in which `stop` is set."""

@@ -5,14 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import latentdiff
-from latentdiff import backgrounds, cli, feature_networks, measuring, retrieval
+from conftest import tiny_components
+from latentdiff import LatentDiffPipeline, backgrounds, cli, feature_networks, measuring, retrieval
 
 
 def fails(capsys, *argv) -> str:
@@ -114,7 +113,7 @@ def test_the_overview_lists_every_command_and_how_to_complete(capsys):
         (["generate", "x", "--prompts", "a", "--seed"], "--seed: it needs a value"),
         (
             ["generate", "x", "--prompts", "a", "--scheduler", "pndm"],
-            "--scheduler: 'pndm' is not one of ddim, ddpm, dpm++, euler, unipc",
+            "--scheduler: 'pndm' is not one of ddim, ddpm, dpm++, euler, lcm, unipc",
         ),
         (["generate", "x", "--prompts", "a", "--eta", "2"], "--eta is 2.0; it must lie in 0 … 1"),
         (["generate", "x", "--prompts", "a", "--guidance-scale", "nan"], "--guidance-scale is nan; it must lie in"),
@@ -175,7 +174,7 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
             **quoted, count=count, gallery_size=7, drawn=recall, ceiling=recall, floor=recall
         )
 
-    monkeypatch.setattr(measuring, "load_pipeline", lambda checkpoint, device: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(measuring, "load_pipeline", lambda checkpoint, device: LatentDiffPipeline(**tiny_components()))
     monkeypatch.setattr(feature_networks, "load", lambda device: None)
     flags = ["--count", "12", "--num-inference-steps", "4", "--guidance-scale", "2", "--seed", "9"]
     for name, module in (("retrieval", retrieval), ("backgrounds", backgrounds)):
@@ -188,7 +187,7 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
 
 def test_defaults_are_those_of_the_library():
     """The command line repeats them so as not to import torch for --help."""
-    for name in (field.name for field in fields(retrieval.DrawSettings)):
-        assert getattr(cli.Retrieval(checkpoint=""), name) == getattr(retrieval.DrawSettings(), name)
+    pipeline = LatentDiffPipeline(**tiny_components())
+    assert retrieval.DrawSettings.of(cli.Retrieval(checkpoint=""), pipeline) == retrieval.DrawSettings()
     assert retrieval.retrieval.__kwdefaults__["count"] == cli.Retrieval(checkpoint="").count
     assert backgrounds.backgrounds.__kwdefaults__["count"] == cli.Backgrounds(checkpoint="").count

@@ -59,6 +59,7 @@ ALLOWED = {
         "models",
         "pipelines",
         "recipe",
+        "scheduling_consistency",
         "scheduling_ddim",
         "scheduling_ddpm",
     },

@@ -189,6 +189,16 @@ def wait_until_it_shows(canvas, condition) -> None:
         assert time.monotonic() < deadline, "it never showed"
 
 
+def test_a_picture_is_drawn_while_its_prompt_is_typed(page):
+    """Else a model that draws at once is no faster to use than one that does not; or old prompts are drawn first."""
+    page.get_by_label("Steps").fill("2")
+    page.get_by_label("Draw while typing").check()
+    page.get_by_label("Prompt", exact=True).press_sequentially("a red apple", delay=20)
+    wait_for_status(page, "Drawn while typing")
+    expect(page.locator("#recipe")).to_contain_text("a red apple")
+    assert page.locator("#gallery img").count() == 0
+
+
 def test_stop(page):
     """Else somebody who has seen enough would have to wait, and all others too."""
     ask(page, "a cat", 1000)

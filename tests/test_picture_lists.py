@@ -8,15 +8,17 @@ import pytest
 from PIL import Image
 from test_cli import fails
 
-from latentdiff import cli, drawing, picture_lists
+from conftest import tiny_components
+from latentdiff import ConsistencyScheduler, LatentDiffPipeline, cli, drawing, picture_lists
 from latentdiff.loading import SCHEDULERS
+from latentdiff.models import add_guidance_input
 from latentdiff.recipe import file_ingredient, folder_sha256, read_recipe
 
 STEPS = ["--num-inference-steps", "2"]
 
 
-def generate(folder: Path, output: Path, *flags) -> None:
-    cli.main(["generate", str(folder), *STEPS, "--output-dir", str(output), *map(str, flags)])
+def generate(folder: Path, output: Path, *flags, steps: list[str] = STEPS) -> None:
+    cli.main(["generate", str(folder), *steps, "--output-dir", str(output), *map(str, flags)])
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -143,6 +145,24 @@ def test_every_flag_reaches_the_pipeline_and_the_recipe(tiny_pipeline_folder, tm
     assert recipe.guidance_interval == (0.25, None) and recipe.scheduler == "DPMSolverMultistepScheduler"
     assert recipe.karras_sigmas and recipe.timestep_spacing == "trailing" and recipe.dtype == "bfloat16"
     assert (recipe.height, recipe.width, recipe.long_prompts, recipe.prompt_weights) == (32, 24, True, True)
+
+
+@pytest.mark.parametrize("takes_guidance", [True, False])
+def test_a_consistency_model_is_drawn_with_in_four_steps(takes_guidance, tmp_path, capsys):
+    """Else who says nothing waits for fifty steps, or burns pictures out by guiding what is guided already."""
+    components = tiny_components()
+    if takes_guidance:
+        add_guidance_input(components["unet"])
+    components["scheduler"] = ConsistencyScheduler.from_config(components["scheduler"].config)
+    LatentDiffPipeline(**components).save_pretrained(tmp_path / "lcm")
+    generate(tmp_path / "lcm", tmp_path / "drawn", "--prompts", "a cat", steps=[])
+    recipe = read_recipe(tmp_path / "drawn" / "000-a-cat.png")
+    assert (recipe.scheduler, recipe.num_inference_steps) == ("ConsistencyScheduler", 4)
+    assert recipe.guidance_scale == (7.5 if takes_guidance else 1.0)
+    cli.main(["redraw", str(tmp_path / "drawn" / "000-a-cat.png"), "--checkpoint", str(tmp_path / "lcm")])
+    assert "the same picture" in capsys.readouterr().out
+    generate(tmp_path / "lcm", tmp_path / "asked", "--prompts", "a cat")
+    assert read_recipe(tmp_path / "asked" / "000-a-cat.png").num_inference_steps == 2
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -13,14 +13,15 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from conftest import tiny_components
-from latentdiff import LatentDiffPipeline, studio
+from latentdiff import ConsistencyScheduler, LatentDiffPipeline, studio
 from latentdiff.animation import strip
 from latentdiff.cli import Redraw
 from latentdiff.loading import SCHEDULERS, load_networks
+from latentdiff.models import add_guidance_input
 from latentdiff.pipelines.inpaint import LatentDiffInpaintPipeline
 from latentdiff.recipe import save_png
 from latentdiff.redrawing import redraw
-from latentdiff.studio import Drawing, Settings, Stopped, Studio, open_picture, predicted_x0
+from latentdiff.studio import Drawing, Settings, Stopped, Studio, Usual, open_picture, predicted_x0
 
 CAT = Settings(prompt="a cat", seed=3, num_inference_steps=20)
 
@@ -106,6 +107,16 @@ def test_previews_are_of_what_diffusers_predicts(name, prediction_type):
         expected = step.pred_original_sample if "pred_original_sample" in step else scheduler.model_outputs[-1]
         torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4 * float(sample.abs().max()))
         sample = step.prev_sample
+
+
+def test_a_consistency_model_is_known_as_one(tiny):
+    """Else the page begins with fifty steps of DDIM, and does not draw while somebody types."""
+    assert tiny.usual_settings() == Usual("ddim", 50, 4.0, False)
+    pipeline = tiny.networks.pipeline
+    pipeline.scheduler = ConsistencyScheduler.from_config(pipeline.scheduler.config)
+    assert tiny.usual_settings() == Usual("lcm", 4, 1.0, True)
+    add_guidance_input(pipeline.unet)
+    assert tiny.usual_settings() == Usual("lcm", 4, 4.0, True)
 
 
 def test_a_new_seed_each_time_and_the_recipe_says_which(tiny):

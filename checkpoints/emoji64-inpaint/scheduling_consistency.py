@@ -130,7 +130,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
                     f"num_inference_steps is {num_inference_steps}; it must lie in 1 … {len(solved)}, the number of "
                     "steps that the model was distilled at (original_inference_steps)"
                 )
-            chosen = [solved[-1 - i * len(solved) // num_inference_steps] for i in range(num_inference_steps)]
+            places = np.linspace(0, len(solved), num_inference_steps, endpoint=False)  # rounded as diffusers does
+            chosen = [solved[-1 - int(place)] for place in places]
         else:
             chosen = choose_timesteps(num_inference_steps, timesteps, len(self), self.config)
         self.num_inference_steps = len(chosen)
