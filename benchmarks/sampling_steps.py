@@ -77,7 +77,10 @@ OTHERS = {
     "dpm++-20": Row(scheduler="dpm++", num_inference_steps=20),
     "unipc-20": Row(scheduler="unipc", num_inference_steps=20),
 }
-ROWS = STEPS | OTHERS | GUIDANCE
+# Of a checkpoint that was distilled to draw in few steps, with the same output folder:
+#     python benchmarks/sampling_steps.py --checkpoint checkpoints/emoji64-lcm --rows lcm-1 lcm-2 lcm-4 lcm-8
+FEW_STEPS = {f"lcm-{n}": Row(scheduler="lcm", num_inference_steps=n) for n in (1, 2, 4, 8)}
+ROWS = STEPS | OTHERS | FEW_STEPS | GUIDANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +397,7 @@ def plot(rows: dict[str, list[dict]], count: int, path: Path) -> None:
     left = figure.add_subplot(1, 2, 1, xlabel="steps", ylabel=f"FD of {count} pictures", xscale="log")
     time_axis = left.twinx()
     time_axis.set(ylabel="seconds a picture (dotted)", yscale="log")
-    for sampler in ("ddim", "ddpm", "dpm++", "unipc"):
+    for sampler in ("ddim", "ddpm", "dpm++", "unipc", "lcm"):
         line = [each for name, each in found.items() if name.rsplit("-", 1)[0] == sampler]
         if line:
             steps, errors = [each.steps for each in line], [each.distance_error for each in line]

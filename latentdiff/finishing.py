@@ -139,7 +139,7 @@ def training_command(settings: dict) -> str:
     return shlex.join(["accelerate", "launch", "train_text2img.py", *words])
 
 
-def _few_steps(config: TrainConfig) -> dict[str, object]:
+def few_steps_call(config: TrainConfig) -> dict[str, object]:
     """What is passed to a call that draws with a consistency model: where guidance is for good inside it, none more."""
     if config.consistency is None:
         return {}
@@ -176,7 +176,7 @@ def _write_card(config: TrainConfig) -> None:
         sampler=f"{sampler}, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
         data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,
-        call=_few_steps(config),
+        call=few_steps_call(config),
         draws_in_few_steps=config.consistency is not None,
         datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
     ).save(folder / "README.md")

@@ -19,7 +19,7 @@ from .config import ConfigError, TrainConfig, packaged_checkpoint
 from .demo import PROMPTS, draw
 from .ema_sweep import SWEEP
 from .evaluation_report import CURVE, NUMBERS, read_numbers, rows
-from .finishing import training_command
+from .finishing import few_steps_call, training_command
 from .hub import model_card
 from .pipelines.portable_saving import write_code
 from .presets import read_config
@@ -27,6 +27,7 @@ from .presets import read_config
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json", "inpainting": "inpainting.json"}
 SAMPLER = "Samples: DDIM, 50 steps, guidance 4. Each measure names its own."
+FEW_STEPS_SAMPLER = "Samples: multistep consistency sampling, 4 steps, guidance 4. Each measure names its own."
 GRID, SAMPLES, CURVES, INPAINTED = "samples.png", "samples", "curves.png", "inpainting.png"
 SWEPT = f"{SWEEP}.png"
 
@@ -50,7 +51,7 @@ def main(config: PublishConfig) -> None:
     if not (run / "model_index.json").is_file():
         raise ConfigError(f"run: {config.run!r} holds no finished model")
     settings = _settings(run)
-    inpaints = settings["task"] == "inpaint"
+    inpaints, is_distilled = settings["task"] == "inpaint", settings["consistency"] is not None
     if inpaints and not (run / INPAINTED).is_file():
         raise ConfigError(f"run: {config.run!r} has no {INPAINTED}, which benchmarks/inpainting.py draws")
     output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def main(config: PublishConfig) -> None:
             shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
     write_code(output)  # today's, whatever the run was saved with
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    _plot(log, output / CURVES)
+    _plot(log, output / CURVES, "consistency loss" if is_distilled else "epsilon loss")
     model_card(
         output.name,
         license="cc-by-sa-4.0",
@@ -70,7 +71,9 @@ def main(config: PublishConfig) -> None:
         samples={INPAINTED: "known, blended, drawn by this model, and as it was"} if inpaints else _samples(output),
         inpaints=inpaints,
         training_command=training_command(settings),
-        sampler="Each measure names its own." if inpaints else SAMPLER,
+        sampler="Each measure names its own." if inpaints else FEW_STEPS_SAMPLER if is_distilled else SAMPLER,
+        call=few_steps_call(TrainConfig(**settings)),
+        draws_in_few_steps=is_distilled,
         data=emoji.CREDITS,
         metrics=_metrics(run),
         curves=[CURVES, *(name for name in (CURVE, SWEPT) if (run / name).exists())],
@@ -91,14 +94,14 @@ def _samples(output: Path) -> dict[str, str]:
     return {f"{SAMPLES}/{path.name}": prompt for path, prompt in zip(pictures, PROMPTS, strict=True)}
 
 
-def _plot(log: list[dict], path: Path) -> None:
+def _plot(log: list[dict], path: Path, loss: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="epsilon loss")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel=loss)
     for name, label in (("loss", "training"), ("held_out_loss", "held-out emoji")):
-        points = [(line["step"], line[name]) for line in log if name in line and line["step"] > 0]
-        axes.plot(*zip(*points, strict=True), label=label)
+        if points := [(line["step"], line[name]) for line in log if name in line and line["step"] > 0]:
+            axes.plot(*zip(*points, strict=True), label=label)
     axes.set_yscale("log")
     axes.legend()
     figure.savefig(path, dpi=100)
@@ -117,6 +120,9 @@ def _description(run: Path, settings: dict, log: list[dict], machine: str) -> st
     if settings["task"] == "inpaint":
         what = "The inpainting checkpoint of latentdiff: it paints what a mask leaves open of an emoji, after words"
         origin = "trained on random masks from the weights of emoji64"
+    if settings["consistency"] is not None:
+        what = "The few-step checkpoint of latentdiff: emoji at 64x64 from words, in one to eight steps"
+        origin = "a latent consistency model distilled from emoji64"
     return (
         f"{what}.\n\n"
         f"A UNet of {_parameters(run / 'unet'):.1f} M parameters, {origin} for {steps} optimizer steps "
@@ -136,6 +142,8 @@ def _parameters(folder: Path) -> float:
 def _settings(run: Path) -> dict:
     """The run's; the frozen parts it stood on are those that are shipped with it."""
     saved = asdict(TrainConfig(**read_config(str(run / "train_config.yaml"))))
+    if saved["consistency"] is not None:  # what it began from is no other's frozen parts alone
+        return saved
     return saved | {"pretrained_model_name_or_path": packaged_checkpoint()}
 
 

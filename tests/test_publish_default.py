@@ -82,3 +82,18 @@ def test_unfinished_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no finished model"):
         main(PublishConfig(run=str(tmp_path), output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_distilled_run_is_described_as_one(run, tmp_path):
+    """Else its card says that it was trained from scratch, and draws with fifty steps."""
+    distilled = {**PRESETS["distill"], "pretrained_model_name_or_path": "runs/v", "consistency_teacher": "runs/teacher"}
+    TrainConfig(**distilled).save(run / "train_config.yaml")
+    (run / "log.jsonl").write_text('{"step": 50, "loss": 1.5, "pictures_per_second": 4.0}\n')
+    main(PublishConfig(run=str(run), output_dir=str(tmp_path / "published"), machine="a test"))
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "a latent consistency model distilled from emoji64 for 50 optimizer steps" in card
+    assert "num_inference_steps=4, guidance_scale=4.0" in card and "latent-consistency-model" in card
+    command = (
+        "train_text2img.py --preset distill --pretrained_model_name_or_path runs/v --consistency_teacher runs/teacher"
+    )
+    assert command in card
