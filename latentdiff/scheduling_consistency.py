@@ -117,12 +117,17 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         original_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
+        strength: float = 1.0,
     ) -> None:
         """Announces the timesteps to sample at: the given ones, or `num_inference_steps` spread over those of training.
 
         original_inference_steps: N of `solver_timesteps`, by default the config's.
-        Raises ValueError for more steps than N.
+        strength: in (0, 1], the share of those N that the steps are spread over, from below; there are then fewer steps
+            than asked for where that share holds fewer.
+        Raises ValueError for more steps than N, and for a strength beside given timesteps or out of its range.
         """
+        if not 0 < strength <= 1 or (timesteps is not None and strength < 1):
+            raise ValueError(f"strength is {strength}; it must lie above 0 and at most at 1, with timesteps at 1")
         if timesteps is None and num_inference_steps is not None:
             solved = solver_timesteps(len(self), original_inference_steps or self.config.original_inference_steps)
             if not 1 <= num_inference_steps <= len(solved):
@@ -130,7 +135,10 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
                     f"num_inference_steps is {num_inference_steps}; it must lie in 1 … {len(solved)}, the number of "
                     "steps that the model was distilled at (original_inference_steps)"
                 )
-            places = np.linspace(0, len(solved), num_inference_steps, endpoint=False)  # rounded as diffusers does
+            # 0.58 * 50 is 28.999… in floating point; and never none.
+            solved = solved[: max(int(round(len(solved) * strength, 6)), 1)]
+            count = min(num_inference_steps, len(solved))
+            places = np.linspace(0, len(solved), count, endpoint=False)  # rounded as diffusers does
             chosen = [solved[-1 - int(place)] for place in places]
         else:
             chosen = choose_timesteps(num_inference_steps, timesteps, len(self), self.config)
@@ -153,14 +161,17 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        variance_noise: torch.Tensor | None = None,
     ) -> LCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step from x_t = `sample` (B, C, …): to f(x_t, t), and with new noise to the timestep announced next.
 
         model_output: (B, C, …). Half precision is computed in float32.
-        generator: of the noise; none is drawn in the last step.
+        generator: of the noise, or the noise itself (B, C, …) as `variance_noise`; the last step has none.
         Returns prev_sample and denoised = f(x_t, t), both (B, C, …) in the dtype of `sample`.
-        Raises ValueError for a timestep that was not announced, or before `set_timesteps`.
+        Raises ValueError for a timestep that was not announced, before `set_timesteps`, or for both sources of noise.
         """
+        if generator is not None and variance_noise is not None:
+            raise ValueError("generator and variance_noise were both given; the noise can come from only one of them")
         if self._previous is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         t = int(timestep)
@@ -170,10 +181,11 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         denoised = c_out * bound_x0(x_0, self.config) + c_skip * at_least_float32(sample)
         prev_sample = denoised
         if previous >= 0:
-            noise = randn_tensor(
-                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-            )
-            prev_sample = add_noise(self.alphas_cumprod, denoised, noise, previous)
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                )
+            prev_sample = add_noise(self.alphas_cumprod, denoised, variance_noise, previous)
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:
             return prev_sample, denoised

@@ -233,7 +233,10 @@ class GuidedSampling:
         sigmas: list[float] | None = None,
         strength: float = 1.0,
     ) -> torch.Tensor:
-        """Set the scheduler's timesteps, by number or as given, and return the last `strength` share of them."""
+        """Set the scheduler's timesteps, by number or as given, and return the last `strength` share of them.
+
+        A scheduler that takes a strength itself, as those of few-step models do, takes all its steps within that share.
+        """
         if timesteps is not None and sigmas is not None:
             raise ValueError("pass timesteps or sigmas, not both")
         if not 0 < strength <= 1:
@@ -241,9 +244,13 @@ class GuidedSampling:
                 f"strength={strength}: it must lie above 0 and at most at 1, which starts from noise alone"
             )
         custom = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
-        for name in custom.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys():
+        takes = inspect.signature(self.scheduler.set_timesteps).parameters.keys()
+        for name in custom.keys() - takes:
             raise ValueError(f"{type(self.scheduler).__name__} takes no {name} of yours: pass num_inference_steps")
-        self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+        options = custom or {"num_inference_steps": num_inference_steps}
+        if not custom and "strength" in takes:
+            options["strength"], strength = strength, 1.0
+        self.scheduler.set_timesteps(**options, device=device)
         steps = num_inference_steps
         if custom:  # of which samplers of order 2 make two each but the last
             steps = math.ceil(len(self.scheduler.timesteps) / self.scheduler.order)
@@ -317,7 +324,7 @@ class GuidedSampling:
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
         conditions: Conditions,
-        step_kwargs: dict[str, Any],
+        step_kwargs: dict[str, Any] | Callable[[], dict[str, Any]],
         callback: StepCallback | None,
         callback_inputs: list[str],
         after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
@@ -328,6 +335,7 @@ class GuidedSampling:
         negative half. What it returns takes the place of what it was given.
 
         Args:
+            step_kwargs: for `scheduler.step`; a function gives them anew for each step.
             after_step: (index of the step, its latents) -> the latents to go on with, before the callback sees them.
         """
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
@@ -339,7 +347,8 @@ class GuidedSampling:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         for i, t in enumerate(self.progress_bar(timesteps)):
             output = self._predict(latents, t, sigmas[i], prompt_embeds, conditions)
-            latents = self.scheduler.step(output, t, latents, **step_kwargs, return_dict=False)[0]
+            options = step_kwargs() if callable(step_kwargs) else step_kwargs
+            latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
             if after_step is not None:
                 latents = after_step(i, latents)
             if callback is not None:

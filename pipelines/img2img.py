@@ -21,7 +21,8 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
     With the same weights, seed, steps and guidance it draws the picture of `StableDiffusionImg2ImgPipeline` to the last
     bit, except where that one takes a step too few because 0.29 * 100 is 28.999… in floating point, lags a step behind
     with PNDM or skips too many custom timesteps with Heun, gives one prompt's second picture the image of the next
-    prompt, or takes a transparent picture's four channels for latents.
+    prompt, or takes a transparent picture's four channels for latents. With a consistency model it is that of
+    `LatentConsistencyModelImg2ImgPipeline`: strokes become a picture (arXiv 2303.01469, algorithm 4).
     """
 
     @torch.no_grad()
@@ -65,7 +66,8 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
                 to multiples of the VAE's factor, is that of the result. Latents (N, C, h, w) are taken as they are.
             strength: in (0, 1], how much of the way to noise the picture goes, and so what it may lose: the last
                 `strength` share of the steps is taken, at least one. At 1 what is left of the picture is what the
-                highest noise level leaves of it.
+                highest noise level leaves of it. A consistency model takes all `num_inference_steps` from there, or as
+                many as it was distilled at up to there.
             seeds: one for each picture, which it and its noise then do not depend on anything else; with one prompt as
                 many pictures as there are seeds.
 

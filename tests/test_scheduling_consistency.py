@@ -46,6 +46,11 @@ def test_timesteps_are_diffusers():
             ours.set_timesteps(count)
             theirs.set_timesteps(count)
             assert torch.equal(ours.timesteps, theirs.timesteps)
+            for strength in (0.2, 0.5, 0.9):
+                if count <= int(original * strength):
+                    ours.set_timesteps(count, strength=strength)
+                    theirs.set_timesteps(count, strength=strength)
+                    assert torch.equal(ours.timesteps, theirs.timesteps)
     ours.set_timesteps(timesteps=[999, 499])
     assert ours.timesteps.tolist() == [999, 499]
 
@@ -60,7 +65,7 @@ def test_steps_are_diffusers_to_the_last_bit(kind, changes, tmp_path):
     theirs = diffusers.LCMScheduler.from_pretrained(tmp_path / "ours")
     for count in (1, 2, 4):
         x = y = torch.randn(2, 4, 4, 4, generator=seeded(0))
-        draws = [seeded(1), seeded(1)]
+        draws = [[seeded(1), seeded(2)] for _ in range(2)] if count == 4 else [seeded(1), seeded(1)]
         ours.set_timesteps(count)
         theirs.set_timesteps(count)
         for t in ours.timesteps:
@@ -110,7 +115,7 @@ def test_a_stranger_draws_with_it(tmp_path):
     pipe = pipeline()
     pipe.save_pretrained(tmp_path)
     wanted = pipe("a cat", num_inference_steps=4, output_type="pt", generator=seeded(0)).images
-    assert torch.equal(stranger_draws(str(tmp_path)), wanted)
+    assert torch.equal(stranger_draws(str(tmp_path), "save again"), wanted)
 
 
 # ---- against the papers ---------------------------------------------------------------------------------------------
@@ -161,55 +166,77 @@ def told(pipe: LatentDiffPipeline) -> torch.Tensor:
     return pipe.encode_prompt("a cat", "cpu", 1, False)[0]
 
 
-def test_strokes_to_a_picture():
+def edited(kind: type, **options) -> tuple[LatentDiffPipeline, torch.Tensor]:
+    """The latents of an edit without guidance, and the pipeline."""
+    pipe = kind.from_pipe(pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pipe("a cat", generator=seeded(0), guidance_scale=1.0, output_type="latent", **options).images
+
+
+@pytest.mark.parametrize(("steps", "strength", "first"), [(1, 0.3, 299), (2, 0.5, 499), (4, 0.05, 39), (4, 1.0, 999)])
+def test_strokes_to_a_picture(steps, strength, first):
     """Algorithm 4 of arXiv 2303.01469 without a mask: strokes noised to t_1, then multistep sampling from there.
 
-    Else image to image with a consistency model starts from another noise, or takes another number of steps."""
-    pipe = LatentDiffImg2ImgPipeline.from_pipe(pipeline())
-    pipe.set_progress_bar_config(disable=True)
-    strokes, text = torch.randn(1, 4, 4, 4, generator=seeded(4)), told(pipe)
-    options = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 1.0, "output_type": "latent"}
-    found = pipe("a cat", image=strokes, generator=seeded(0), **options).images
-    draws = seeded(0)
-    noise = [torch.randn(1, 4, 4, 4, generator=draws) for _ in range(2)]
-    first, second = pipe.scheduler.timesteps.tolist()[-2:]
-    x = f(pipe, noised(pipe, strokes, first, noise[0]), first, text)
-    x = f(pipe, noised(pipe, x, second, noise[1]), second, text)
+    Else a strength means little in a few steps, of which a share is taken: one step would always start from t = 999."""
+    strokes = torch.randn(1, 4, 4, 4, generator=seeded(4))
+    pipe, found = edited(LatentDiffImg2ImgPipeline, image=strokes, num_inference_steps=steps, strength=strength)
+    timesteps, text, draws, x = pipe.scheduler.timesteps.tolist(), told(pipe), seeded(0), strokes
+    assert timesteps[0] == first and len(timesteps) == min(steps, int(50 * strength)) == pipe.num_timesteps
+    for t in timesteps:
+        x = f(pipe, noised(pipe, x, t, torch.randn(1, 4, 4, 4, generator=draws)), t, text)
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
 
 
-def test_inpainting_without_training():
-    """Algorithm 4 of arXiv 2303.01469: the answer's unmasked part is replaced by the picture before it is noised anew.
+def test_image_to_image_is_diffusers(tmp_path):
+    """Else the same strength means something else in diffusers' own pipeline for such models."""
+    pipe = pipeline(takes_guidance=True)
+    pipe.save_pretrained(tmp_path)
+    picture = torch.rand(1, 3, 16, 16, generator=seeded(1))
+    options = {"image": picture, "strength": 0.4, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "pt"}
+    pictures = []
+    for kind in (LatentDiffImg2ImgPipeline, diffusers.LatentConsistencyModelImg2ImgPipeline):
+        pipe = kind.from_pretrained(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
+        pictures.append(pipe("a cat", generator=seeded(0), **options).images)
+    assert torch.equal(*pictures)
 
-    Else what is painted does not see what is there, or the seam is at another noise level than the rest."""
-    pipe = LatentDiffInpaintPipeline.from_pipe(pipeline())
-    pipe.set_progress_bar_config(disable=True)
-    picture, text = torch.randn(1, 4, 4, 4, generator=seeded(4)), told(pipe)
-    mask = torch.zeros(1, 1, 16, 16)
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_inpainting_without_training(steps):
+    """Algorithm 4 of arXiv 2303.01469, A being the latents themselves: from the picture with nothing under the mask,
+    each answer with the picture put back outside the mask is noised as one for the next step.
+
+    Else what is painted first does not see what is there, or then sees it under noise that the answer knows."""
+    picture, mask = torch.randn(1, 4, 4, 4, generator=seeded(4)), torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
-    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
-    noise, painted = torch.randn(1, 4, 4, 4, generator=seeded(6)), mask[..., ::4, ::4]
-    found = pipe("a cat", image=picture, mask_image=mask, latents=noise, generator=seeded(0), **options).images
-    assert torch.equal(found * (1 - painted), picture * (1 - painted))
-    first, second = pipe.scheduler.timesteps.tolist()
-    answer = f(pipe, noise, first, text)
-    again = noised(pipe, answer, second, torch.randn(noise.shape, generator=seeded(0)))
-    known = noised(pipe, picture, second, noise)
-    x = f(pipe, painted * again + (1 - painted) * known, second, text)
-    torch.testing.assert_close(found * painted, x * painted, rtol=1e-3, atol=1e-3)
+    omega, draws = mask[..., ::4, ::4], seeded(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(1, 4, 4, 4, generator=draws)
+
+    pipe, found = edited(LatentDiffInpaintPipeline, image=picture, mask_image=mask, num_inference_steps=steps)
+    text, noise, x = told(pipe), draw(), picture * (1 - omega)
+    for t in pipe.scheduler.timesteps.tolist():
+        x = f(pipe, noised(pipe, x, t, noise), t, text)
+        x = picture * (1 - omega) + x * omega
+        noise = draw() * omega + draw() * (1 - omega)  # the same law as one draw, in the pipeline's order
+    assert torch.equal(found * (1 - omega), picture * (1 - omega))
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
 
 
 def test_interpolation_leads_from_picture_to_picture():
-    """Else a film between two noises begins and ends with other pictures than those that they are drawn to."""
+    """Else a film between two noises ends with other pictures than those that they are drawn to, or jumps where the
+    noise of the steps goes over to the next seed's."""
     pipe = pipeline()
     film = LatentDiffInterpolatePipeline.from_pipe(pipe)
     film.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
-    frames = film(["a cat", "a cat"], seeds=[0, 1], num_frames=5, **options).images
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    frames = film(["a cat", "a cat"], seeds=[0, 1], num_frames=101, batch_size=101, **options).images
     ends = [pipe("a cat", seeds=[seed], **options).images[0] for seed in (0, 1)]
     torch.testing.assert_close(frames[0], ends[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(frames[-1], ends[1], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(frames[2], frames[0], atol=1e-3)
+    moves = (frames[1:] - frames[:-1]).flatten(1).norm(dim=1)
+    assert moves.max() < 0.2 * (ends[1] - ends[0]).norm()
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------------
@@ -226,6 +253,15 @@ def test_mistakes_are_named():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="timestep 500 is none of the 4 announced"):
         scheduler.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))
+    with pytest.raises(ValueError, match="generator and variance_noise were both given"):
+        scheduler.step(torch.zeros(1), 999, torch.zeros(1), seeded(0), variance_noise=torch.zeros(1))
+    for strength, given in (
+        (0, {"num_inference_steps": 2}),
+        (1.1, {"num_inference_steps": 2}),
+        (0.5, {"timesteps": [9]}),
+    ):
+        with pytest.raises(ValueError, match=f"strength is {strength}; it must lie above 0"):
+            scheduler.set_timesteps(**given, strength=strength)
     with pytest.raises(ValueError, match="original_inference_steps is 1001"):
         ConsistencyScheduler(original_inference_steps=1001)
     with pytest.raises(ValueError, match="prediction_type"):

@@ -4,7 +4,8 @@ It has Stable Diffusion's components and draws its pipeline's pictures.
 
 A UNet that takes latents alone is made to inpaint by blending: after each step what is known is put back at the next
 noise level (RePaint, arXiv 2201.09865, without its resampling). One that was trained to inpaint takes the mask and the
-masked picture beside the latents. Soft masks: differential diffusion (Levin & Fried 2023, arXiv 2306.00950).
+masked picture beside the latents. Soft masks: differential diffusion (Levin & Fried 2023, arXiv 2306.00950). With a
+consistency model blending is algorithm 4 of Song et al. 2023 (arXiv 2303.01469).
 """
 
 import functools
@@ -18,6 +19,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.models import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.schedulers import LCMScheduler
 from PIL import Image
 from torch.nn import functional
 
@@ -25,6 +27,7 @@ from .clip_guidance import ClipGuidance
 from .guidance import GuidanceScale
 from .guided_sampling import StepCallback
 from .latent_pipeline import LatentPipeline, on_white
+from .scheduling_consistency import ConsistencyScheduler
 
 
 def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -76,7 +79,8 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
 
     With the same weights, seed, steps and guidance it draws the picture of `StableDiffusionInpaintPipeline` to the last
     bit, except where that one takes a step too few (see `LatentDiffImg2ImgPipeline`), gives pictures each other's mask,
-    forgets the picture when both `latents` and `strength` are given, or paints nothing because a mask is thin.
+    forgets the picture when both `latents` and `strength` are given, or paints nothing because a mask is thin; and with
+    a consistency model, which sees what is known from the first step on, under other noise at each.
     """
 
     @property
@@ -215,7 +219,12 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         after_step = extra_channels = None
         if self._blends:
             soft = self._latent_mask(mask, mask_blur)[known.mask_rows].to(device)
-            after_step = self._blending(image_latents, noise, timesteps, soft)
+            renew = None
+            if isinstance(self.scheduler, ConsistencyScheduler | LCMScheduler):
+                renew = functools.partial(self._normal, shape, generator, dtype, device)
+                if strength == 1:
+                    latents = self.scheduler.add_noise(image_latents * (soft < 1), noise, timesteps[:1])
+            after_step = self._blending(image_latents, noise, timesteps, soft, renew)
             self._skip_masked_noise(known, generator, shape, device)
         else:
             extra_channels = self._mask_and_masked(known, masked_image_latents, generator)
@@ -402,14 +411,24 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         return torch.cat([mask.to(masked), masked], dim=1)
 
     def _blending(
-        self, image_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, mask: torch.Tensor
+        self,
+        image_latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor,
+        renew: Callable[[], torch.Tensor] | None = None,
     ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """For `_denoise`: what is known, put back after each step at the noise level that the next one starts from."""
+        """For `_denoise`: what is known, put back after each step at the noise level that the next one starts from.
+
+        Args:
+            renew: draws other noise for each step. A consistency model's answer has seen that of its step, and a model
+                is trained on pictures that know nothing of the noise on them.
+        """
 
         def put_back(step: int, latents: torch.Tensor) -> torch.Tensor:
             known = image_latents
             if step + 1 < len(timesteps):
-                known = self.scheduler.add_noise(image_latents, noise, timesteps[step + 1 : step + 2])
+                known = self.scheduler.add_noise(image_latents, renew() if renew else noise, timesteps[step + 1 :][:1])
             left = 1 - (step + 1) / len(timesteps)
             free = (mask > left).to(latents.dtype)  # of a hard mask the mask itself
             return (1 - free) * known + free * latents
@@ -421,6 +440,5 @@ from .noise_schedule import __name__ as _  # noqa: E402, F401
 from .portable_saving import __name__ as _  # noqa: E402, F401
 from .posthoc_ema import __name__ as _  # noqa: E402, F401
 from .prompt_embedding import __name__ as _  # noqa: E402, F401
-from .scheduling_consistency import __name__ as _  # noqa: E402, F401
 from .scheduling_ddim import __name__ as _  # noqa: E402, F401
 from .scheduling_ddpm import __name__ as _  # noqa: E402, F401

@@ -5,7 +5,8 @@ line.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,7 +180,10 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
             count = len(part.weight)
             self._set_guidance(*guidance)  # anew, since a callback may have changed it
             chosen = self._set_timesteps(num_inference_steps, device, timesteps, sigmas)
-            generator, noise = self._between_noise(part, seeds, latents, height, width, dtype, device)
+            generator, noise, step_noise = self._between_noise(part, seeds, latents, height, width, dtype, device)
+            step_kwargs = self._step_kwargs(eta=eta, generator=generator)
+            if step_kwargs.get("eta", 1) > 0 and self._step_kwargs(variance_noise=None):
+                step_kwargs = functools.partial(self._noisy_step_kwargs, eta, step_noise)
             batch_latents = self.prepare_latents(
                 count, self.unet.config.in_channels, height, width, dtype, device, generator, noise
             )
@@ -202,7 +206,7 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
                 _between(prompt_embeds, part),
                 None if negative_prompt_embeds is None else _between(negative_prompt_embeds, part),
                 conditions,
-                self._step_kwargs(eta=eta, generator=generator),
+                step_kwargs,
                 callback_on_step_end,
                 callback_inputs,
             )
@@ -234,6 +238,9 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
             raise ValueError(f"batch_size={batch_size}: it must be a positive integer")
         return path_of(stations, num_frames, loop)
 
+    def _noisy_step_kwargs(self, eta: float, draw: Callable[[], torch.Tensor]) -> dict[str, Any]:
+        return self._step_kwargs(eta=eta, variance_noise=draw())
+
     def _between_noise(
         self,
         part: Path,
@@ -243,20 +250,26 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
         width: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> tuple[list[torch.Generator], torch.Tensor]:
-        """(what the steps of the F frames draw with, their first noise (F, C, h, w)).
+    ) -> tuple[list[torch.Generator], torch.Tensor, Callable[[], torch.Tensor]]:
+        """(what the steps of the F frames draw with, their first noise (F, C, h, w), what draws that of each step).
 
         The noise of a station is what its seed's generator gives first, as in text to image, and goes on from there.
+        That of steps lies on the arc from station to station, too; a scheduler that only takes generators has the one
+        of the station before, and its films jump where the next seed takes over.
         """
         factor = self.vae_scale_factor
         shape = (len(part.weight), self.unet.config.in_channels, height // factor, width // factor)
         generator, ends = (
             [torch.Generator("cpu").manual_seed(seed) for seed in _of(seeds, rows)] for rows in (part.start, part.end)
         )
+
+        def draw() -> torch.Tensor:
+            start, end = (self._normal(shape, drawn_with, dtype, device) for drawn_with in (generator, ends))
+            return slerp(start, end, part.weight)
+
         if latents is not None:
-            return generator, _between(latents.to(device=device, dtype=dtype), part, slerp)
-        start, end = (self._normal(shape, drawn_with, dtype, device) for drawn_with in (generator, ends))
-        return generator, slerp(start, end, part.weight)
+            return generator, _between(latents.to(device=device, dtype=dtype), part, slerp), draw
+        return generator, draw(), draw
 
 
 def _of(column: Sequence, rows: torch.Tensor) -> list:
