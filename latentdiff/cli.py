@@ -187,6 +187,8 @@ class Redraw:
     """Where the guiding UNet lies, if there was one."""
     clip: Path | None = None
     """Where the guiding CLIP lies, if there was one."""
+    lora: Path | None = None
+    """Where the LoRA weights lie, if there were any."""
     output: Path | None = None
     """By default beside the picture, with -redrawn in its name."""
     batch_size: int | None = None

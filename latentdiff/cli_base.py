@@ -65,6 +65,8 @@ class Drawing(Command):
     """Guide between these noise levels alone, such as 0.3 5 or 0.3 inf (arXiv 2404.07724)."""
     guide_unet: Path | None = None
     """Folder of a worse UNet, or of a pipeline with one, to lead away from instead (arXiv 2406.02507)."""
+    lora: Path | None = None
+    """Folder of LoRA weights to draw with, as a run with --lora_rank leaves one."""
     clip_guidance: float | None = None
     """Scale of guidance by a CLIP (arXiv 2112.10741); needs --clip."""
     clip: Path | None = None

@@ -7,7 +7,10 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.schedulers import SchedulerMixin
+from diffusers.utils import is_peft_available
+from safetensors import SafetensorError
 
 from .clip_guidance import ClipGuidance
 from .config import ConfigError
@@ -51,12 +54,15 @@ class Networks:
     """A `ClipGuidance`."""
     ema_sigma_rel: float | None = None
     """Which average of the weights was taken in place of the one that was saved."""
+    lora: Ingredient | None = None
+    """The LoRA weights that the pipeline has."""
 
     def in_recipes(self) -> dict[str, Any]:
         """What a recipe says of the checkpoint and of where and how it is run."""
         return {
             "checkpoint": self.checkpoint,
             "ema_sigma_rel": self.ema_sigma_rel,
+            "lora": self.lora,
             "dtype": str(self.pipeline.dtype).removeprefix("torch."),
             "device": self.pipeline.device.type,
         }
@@ -69,6 +75,7 @@ def load_networks(
     guide_unet: Path | None = None,
     clip: Path | None = None,
     ema_sigma_rel: float | None = None,
+    lora: Path | None = None,
 ) -> Networks:
     """A checkpoint and what guides it, on their device.
 
@@ -78,6 +85,7 @@ def load_networks(
         guide_unet: the folder of a UNet, or of a pipeline that has one.
         clip: the folder of a CLIP with its tokenizer and its preprocessor's config.
         ema_sigma_rel: as `load_pipeline`.
+        lora: the folder of LoRA weights for the checkpoint's networks.
 
     Raises:
         ConfigError: one of them is not there or cannot be loaded.
@@ -91,6 +99,7 @@ def load_networks(
         guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
         clip=None if clip is None else load_clip(clip, pipeline),
         ema_sigma_rel=ema_sigma_rel,
+        lora=None if lora is None else _load_lora(lora, pipeline),
     )
 
 
@@ -136,6 +145,19 @@ def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--guide-unet {folder}: no UNet can be loaded from it: {_first_line(error)}") from None
     return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))
+
+
+def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
+    """Give the pipeline the LoRA weights in a folder."""
+    if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        raise ConfigError(f"--lora {folder}: holds no {LORA_WEIGHT_NAME_SAFE}")
+    if not is_peft_available():
+        raise ConfigError("--lora: needs the package peft: pip install 'latentdiff[lora]'")
+    try:
+        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {_first_line(error)}") from None
+    return folder_ingredient(folder)
 
 
 def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", scale: float = 0.0) -> Network:
@@ -197,6 +219,8 @@ def make_scheduler(networks: Networks, recipe: Recipe) -> SchedulerMixin:
     if recipe.karras_sigmas:
         changes["use_karras_sigmas"] = True
     known = kind._get_init_keys(kind)
+    if kind is ConsistencyScheduler:  # whose timesteps are those that the model was distilled at
+        known = known - {"timestep_spacing"}
     for name in changes.keys() - known:
         raise ConfigError(f"{kind.__name__} has no {name}: leave it out, or take another --scheduler")
     settings = {name: value for name, value in networks.own_scheduler.config.items() if name in known}

@@ -18,6 +18,7 @@ from .drawing import draw_recipes, open_input
 from .grid import labelled_grid
 from .loading import SCHEDULERS, Networks, load_networks, usual_drawing
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png, write_whole
+from .scheduling_consistency import ConsistencyScheduler
 
 PICTURES_FOLDER = "pictures"
 MAX_PROMPTS_FILE = 16 * 2**20  # bytes
@@ -47,6 +48,10 @@ def edit(command: Edit) -> None:
     if command.strength is not None:
         values["strength"] = command.strength
     networks = load(command)
+    if command.source_prompt is not None and isinstance(networks.own_scheduler, ConsistencyScheduler):
+        raise ConfigError(
+            "--source-prompt: this checkpoint draws in few steps, which cannot be run backwards; give --image alone"
+        )
     width, height = picture_size(command, networks)
     paths = {"image": command.image, "mask": command.mask}
     inputs = {name: open_input(path, f"--{name}", width, height) for name, path in paths.items() if path is not None}
@@ -91,7 +96,13 @@ def _read_prompts(path: Path) -> list[str]:
 
 def load(command: Drawing) -> Networks:
     return load_networks(
-        command.checkpoint, command.device, command.dtype, command.guide_unet, command.clip, command.ema_sigma_rel
+        command.checkpoint,
+        command.device,
+        command.dtype,
+        command.guide_unet,
+        command.clip,
+        command.ema_sigma_rel,
+        command.lora,
     )
 
 
@@ -111,12 +122,17 @@ def picture_recipe(command: Drawing, networks: Networks, **values: Any) -> Recip
     scheduler = SCHEDULERS[command.scheduler] if command.scheduler else type(networks.own_scheduler)
     common = {"prompt": "", "seed": command.seed, "scheduler": scheduler.__name__}
     steps, guidance_scale = usual_drawing(networks.pipeline, scheduler)
+    guidance_scale = guidance_scale if command.guidance_scale is None else command.guidance_scale
+    if command.negative_prompt and guidance_scale <= 1:
+        raise ConfigError(f"--negative-prompt: has no effect at guidance scale {guidance_scale:g}")
+    if command.negative_prompt and networks.pipeline._guidance_embedding_dim is not None:
+        raise ConfigError("--negative-prompt: has no effect on this checkpoint, whose guidance is inside its UNet")
     return Recipe(
         negative_prompt=command.negative_prompt,
         num_inference_steps=steps if command.num_inference_steps is None else command.num_inference_steps,
         timestep_spacing=command.timestep_spacing,
         karras_sigmas=command.karras_sigmas,
-        guidance_scale=guidance_scale if command.guidance_scale is None else command.guidance_scale,
+        guidance_scale=guidance_scale,
         guidance_rescale=command.guidance_rescale,
         guidance_interval=low_high and (low_high[0], low_high[1] if low_high[1] < float("inf") else None),
         eta=command.eta,

@@ -39,6 +39,7 @@ SAMPLERS = {
     "EulerDiscreteScheduler": "Euler",
     "DPMSolverMultistepScheduler": "DPM++ 2M",
     "UniPCMultistepScheduler": "UniPC",
+    "ConsistencyScheduler": "LCM",
 }
 
 
@@ -120,6 +121,8 @@ class Recipe:
     checkpoint: Ingredient
     ema_sigma_rel: float | None = None
     """Relative width of the average of the weights, where it was chosen when they were loaded (arXiv 2312.02696)."""
+    lora: Ingredient | None = None
+    """LoRA weights on the checkpoint's networks."""
     dtype: str
     device: str
     """Kind of device, such as "cpu"."""

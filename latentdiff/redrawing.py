@@ -33,7 +33,9 @@ def redraw(command: Redraw) -> None:
     }
     checkpoint = command.checkpoint or find_checkpoint(recipe.checkpoint, command.picture)
     dtype = _DTYPES[recipe.dtype]
-    networks = load_networks(checkpoint, command.device, dtype, command.guide_unet, command.clip, recipe.ema_sigma_rel)
+    networks = load_networks(
+        checkpoint, command.device, dtype, command.guide_unet, command.clip, recipe.ema_sigma_rel, command.lora
+    )
     now = as_of_now(recipe, networks, command)
     _tell(list(differences(recipe, now)), command)
     _say_device(recipe, now)
@@ -53,7 +55,7 @@ def check_given(command: Redraw, recipe: Recipe) -> None:
     """Raise a ConfigError unless everything that the recipe needs is given, and nothing else."""
     if command.output is not None and command.output.suffix.lower() != ".png":
         raise ConfigError(f"--output {command.output}: must end in .png, which carries the recipe")
-    for name in ("image", "mask", "guide_unet", "clip"):
+    for name in ("image", "mask", "guide_unet", "clip", "lora"):
         flag, wanted, given = f"--{name.replace('_', '-')}", getattr(recipe, name), getattr(command, name)
         if wanted is not None and given is None:
             raise ConfigError(f"{command.picture} was made with {wanted.name!r}: give it with {flag}")
@@ -104,6 +106,7 @@ def as_of_now(recipe: Recipe, networks: Networks, command: Redraw) -> Recipe:
         mask=recipe.mask and file_ingredient(command.mask),
         guide_unet=recipe.guide_unet and networks.guide_unet.ingredient,
         clip=recipe.clip and networks.clip.ingredient,
+        lora=networks.lora,
         checkpoint=networks.checkpoint,
         device=networks.pipeline.device.type,
         version=__version__,
@@ -113,7 +116,7 @@ def as_of_now(recipe: Recipe, networks: Networks, command: Redraw) -> Recipe:
 
 def differences(then: Recipe, now: Recipe) -> Iterator[str]:
     """What is not as it was, in words; the device apart, which is nobody's mistake."""
-    for name in ("checkpoint", "guide_unet", "clip", "image", "mask"):
+    for name in ("checkpoint", "lora", "guide_unet", "clip", "image", "mask"):
         was, is_now = getattr(then, name), getattr(now, name)
         if was is not None and was.sha256 != is_now.sha256:
             what = name.replace("_", " ")

@@ -147,14 +147,20 @@ def test_every_flag_reaches_the_pipeline_and_the_recipe(tiny_pipeline_folder, tm
     assert (recipe.height, recipe.width, recipe.long_prompts, recipe.prompt_weights) == (32, 24, True, True)
 
 
-@pytest.mark.parametrize("takes_guidance", [True, False])
-def test_a_consistency_model_is_drawn_with_in_four_steps(takes_guidance, tmp_path, capsys):
-    """Else who says nothing waits for fifty steps, or burns pictures out by guiding what is guided already."""
+def consistency_folder(folder: Path, takes_guidance: bool = False) -> Path:
+    """A saved consistency model, with its guidance for good inside it or as an input."""
     components = tiny_components()
     if takes_guidance:
         add_guidance_input(components["unet"])
     components["scheduler"] = ConsistencyScheduler.from_config(components["scheduler"].config)
-    LatentDiffPipeline(**components).save_pretrained(tmp_path / "lcm")
+    LatentDiffPipeline(**components).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("takes_guidance", [True, False])
+def test_a_consistency_model_is_drawn_with_in_four_steps(takes_guidance, tmp_path, capsys):
+    """Else who says nothing waits for fifty steps, or burns pictures out by guiding what is guided already."""
+    consistency_folder(tmp_path / "lcm", takes_guidance)
     generate(tmp_path / "lcm", tmp_path / "drawn", "--prompts", "a cat", steps=[])
     recipe = read_recipe(tmp_path / "drawn" / "000-a-cat.png")
     assert (recipe.scheduler, recipe.num_inference_steps) == ("ConsistencyScheduler", 4)
@@ -167,9 +173,8 @@ def test_a_consistency_model_is_drawn_with_in_four_steps(takes_guidance, tmp_pat
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_draws(name, tiny_pipeline_folder, tmp_path):
-    generate(
-        tiny_pipeline_folder, tmp_path, "--prompts", "a cat", "--scheduler", name, "--timestep-spacing", "linspace"
-    )
+    spacing = [] if name == "lcm" else ["--timestep-spacing", "linspace"]
+    generate(tiny_pipeline_folder, tmp_path, "--prompts", "a cat", "--scheduler", name, *spacing)
     assert read_recipe(tmp_path / "000-a-cat.png").scheduler == SCHEDULERS[name].__name__
     assert pixels(tmp_path / "000-a-cat.png").std() > 0
 
@@ -213,6 +218,11 @@ def test_what_networks_cannot_do_is_one_line(tiny_pipeline_folder, tmp_path, cap
         (["--height", "18"], "--height is 18; it must be a multiple of 4"),
         (["--eta", "1", "--scheduler", "euler"], "--eta is 1; EulerDiscreteScheduler has none"),
         (["--karras-sigmas"], "DDIMScheduler has no use_karras_sigmas"),
+        (["--scheduler", "lcm", "--eta", "1"], "--eta is 1; ConsistencyScheduler has none"),
+        (["--scheduler", "lcm", "--timestep-spacing", "trailing"], "ConsistencyScheduler has no timestep_spacing"),
+        (["--scheduler", "lcm", "--num-inference-steps", "51"], "num_inference_steps is 51; it must lie in 1 … 50"),
+        (["--scheduler", "lcm", "--negative-prompt", "b"], "--negative-prompt: has no effect at guidance scale 1"),
+        (["--lora", tmp_path], f"--lora {tmp_path}: holds no pytorch_lora_weights.safetensors"),
         (["--guide-unet", tmp_path], f"--guide-unet {tmp_path}: no UNet"),
         (["--clip", tmp_path / "no", "--clip-guidance", "1"], "no: no such folder"),
         (["--clip", tmp_path, "--clip-guidance", "1"], f"--clip {tmp_path}: no CLIP"),
@@ -243,6 +253,15 @@ def mask(tmp_path) -> Path:
     white[:, 20:] = 255
     Image.fromarray(white).save(tmp_path / "mask.png")
     return tmp_path / "mask.png"
+
+
+def test_what_a_consistency_model_cannot_do_is_one_line(tmp_path, capsys, picture):
+    """Else an option is taken that changes nothing, or a picture drawn back along a path that is none."""
+    folder = consistency_folder(tmp_path / "lcm", takes_guidance=True)
+    error = fails(capsys, "generate", folder, "--prompts", "a", "--negative-prompt", "b")
+    assert "--negative-prompt: has no effect on this checkpoint" in error
+    error = fails(capsys, "edit", folder, "--image", picture, "--prompts", "a", "--source-prompt", "b")
+    assert "--source-prompt: this checkpoint draws in few steps" in error
 
 
 @pytest.mark.parametrize("kind", ["img2img", "inpaint", "invert"])

@@ -14,8 +14,8 @@ from test_cli import fails
 from test_picture_lists import STEPS, guides, mask, picture, pixels
 
 from conftest import tiny_components
-from latentdiff import LatentDiffPipeline, cli, drawing, posthoc_ema, redrawing, scheduling_ddim
-from latentdiff.recipe import read_recipe, save_png
+from latentdiff import LatentDiffPipeline, cli, drawing, lora, posthoc_ema, redrawing, scheduling_ddim
+from latentdiff.recipe import folder_ingredient, read_recipe, save_png
 
 
 def draw(folder: Path, output: Path, *flags) -> Path:
@@ -169,6 +169,24 @@ def test_guides_and_devices_are_in_the_recipe(tiny_pipeline_folder, tmp_path, gu
     assert "--mask: " in fails(capsys, "redraw", path, *where, *flags, "--mask", path)
     assert (pixels(redraw(path, *where, *flags)) == pixels(path)).all()
     assert "drawn on 'cuda', and here on cpu" in capsys.readouterr().err
+
+
+def test_lora_weights_are_in_the_recipe(tiny_pipeline_folder, tmp_path, capsys):
+    """Else a distilled adapter could not be used from the command line, or its pictures not be drawn again."""
+    from test_lora import adapted
+
+    for name, seed in (("few", 0), ("other", 1)):
+        lora.save_lora(adapted(seed=seed), tmp_path / name)
+    flags = ["--prompts", "a cat", "--scheduler", "lcm"]
+    plain = draw(tiny_pipeline_folder, tmp_path / "plain", *flags)
+    path = draw(tiny_pipeline_folder, tmp_path / "out", *flags, "--lora", tmp_path / "few")
+    assert (pixels(path) != pixels(plain)).any()
+    recipe, where = read_recipe(path), ["--checkpoint", tiny_pipeline_folder]
+    assert recipe.lora == folder_ingredient(tmp_path / "few") and recipe.lora.name == "few"
+    assert "was made with 'few': give it with --lora" in fails(capsys, "redraw", path, *where)
+    error = fails(capsys, "redraw", path, *where, "--lora", tmp_path / "other")
+    assert "the lora 'other' is not the 'few' of the recipe" in error
+    assert (pixels(redraw(path, *where, "--lora", tmp_path / "few")) == pixels(path)).all()
 
 
 def test_what_is_no_recipe_of_ours(tmp_path, capsys):
