@@ -118,7 +118,8 @@ class Page:
             self.guidance = gr.Slider(
                 0, MAX_GUIDANCE, usual.guidance_scale, step=0.5, label="Guidance scale", scale=2, min_width=240
             )
-            self.random_seed = gr.Checkbox(True, label="New seed each time", min_width=120)
+            # What was seen while typing is what the button draws.
+            self.random_seed = gr.Checkbox(not usual.draws_in_few_steps, label="New seed each time", min_width=120)
 
     def _lay_out_outputs(self) -> None:
         self.picture = gr.Image(
@@ -160,7 +161,7 @@ class Page:
         self.prompt.input(
             self._while_typing,
             [self.live, *settings],
-            [self.picture, self.status, self.recipe, self.shown],
+            [self.picture, self.status, self.recipe, self.files, self.shown, self.edit, self.paint],
             trigger_mode="always_last",
             api_visibility="private",
             **slow,
@@ -220,13 +221,16 @@ class Page:
                 guidance_scale=guidance,
                 scheduler=scheduler,
             )
-            for event in self.studio.text_to_image(settings, threading.Event()):
-                if isinstance(event, Drawing):
+            for drawing in self.studio.text_to_image(settings, threading.Event(), previews=False):
+                if isinstance(drawing, Drawing):  # and not stopped, because the page closes
                     yield {
-                        self.picture: event.images[0],
-                        self.status: html.escape(" ".join(["Drawn while typing.", *event.notes])),
-                        self.recipe: json.loads(event.recipe.to_json()),
+                        self.picture: drawing.images[0],
+                        self.status: html.escape(" ".join(["Drawn while typing.", *drawing.notes])),
+                        self.recipe: json.loads(drawing.recipe.to_json()),
+                        self.files: gr.Files(visible=False),
                         self.shown: None,
+                        self.edit: gr.Button(interactive=False),
+                        self.paint: gr.Button(interactive=False),
                     }
 
     def _image_to_image(self, settings: Settings, stop: threading.Event, path: str | None, strength: float) -> Progress:

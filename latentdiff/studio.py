@@ -140,9 +140,13 @@ class Studio:
         steps, guidance_scale = usual_drawing(pipeline)
         return Usual("lcm", steps, min(guidance_scale, Settings.guidance_scale), True)
 
-    def text_to_image(self, settings: Settings, stop: threading.Event) -> Progress:
-        """A picture of the prompt. Like every drawing it ends after the step in which `stop` is set."""
-        return self._draw(self.networks, stop, make_recipe(self.networks, settings, kind="text2img"))
+    def text_to_image(self, settings: Settings, stop: threading.Event, previews: bool = True) -> Progress:
+        """A picture of the prompt. Like every drawing it ends after the step in which `stop` is set.
+
+        Args:
+            previews: of a few steps they take a third of the time.
+        """
+        return self._draw(self.networks, stop, make_recipe(self.networks, settings, kind="text2img"), previews)
 
     def image_to_image(self, settings: Settings, stop: threading.Event, image: Path, strength: float) -> Progress:
         """The picture in a file, noised and drawn again; strength in (0, 1] says how much of it is given up.
@@ -201,18 +205,26 @@ class Studio:
         self._closed.set()
         self._thread.shutdown(cancel_futures=True)
 
-    def _draw(self, networks: Networks, stop: threading.Event, recipe: Recipe, **inputs: Image.Image) -> Progress:
+    def _draw(
+        self,
+        networks: Networks,
+        stop: threading.Event,
+        recipe: Recipe,
+        previews: bool = True,
+        **inputs: Image.Image,
+    ) -> Progress:
         """Draw on the other thread, and pass on what it shows; it stops if nobody is looking any more."""
         left = threading.Event()
 
         def should_stop() -> bool:
             return any(event.is_set() for event in (stop, left, self._closed))
 
-        previews = queue.SimpleQueue()
-        drawing = self._thread.submit(draw, networks, recipe, inputs, should_stop, previews.put)
-        drawing.add_done_callback(lambda _: previews.put(None))
+        shown = queue.SimpleQueue()
+        show = shown.put if previews else None
+        drawing = self._thread.submit(draw, networks, recipe, inputs, should_stop, show)
+        drawing.add_done_callback(lambda _: shown.put(None))
         try:
-            yield from iter(previews.get, None)
+            yield from iter(shown.get, None)
             yield drawing.result()
         finally:
             left.set()
@@ -252,9 +264,13 @@ def draw(
     recipe: Recipe,
     inputs: dict[str, Image.Image],
     should_stop: Callable[[], bool],
-    show: Callable[[Preview], None],
+    show: Callable[[Preview], None] | None,
 ) -> Drawing | Stopped:
-    """Follow a recipe, with the pictures it names in `inputs` under the names that the pipeline has for them."""
+    """Follow a recipe, with the pictures it names in `inputs` under the names that the pipeline has for them.
+
+    Args:
+        show: is given the previews; None where there are to be none.
+    """
     if should_stop():
         return Stopped(0, recipe.num_inference_steps)
     pipeline = pipeline_of(networks, recipe)
@@ -286,7 +302,9 @@ class _Watch:
     Not all schedulers hand out the x_0 that they predict, so it is computed from what `step` is given.
     """
 
-    def __init__(self, pipeline: Any, batches: int, show: Callable[[Preview], None], should_stop: Callable[[], bool]):
+    def __init__(
+        self, pipeline: Any, batches: int, show: Callable[[Preview], None] | None, should_stop: Callable[[], bool]
+    ):
         self.pipeline, self.batches, self.show, self.should_stop = pipeline, batches, show, should_stop
         self.done = 0
         self.stopped: Stopped | None = None
@@ -309,7 +327,7 @@ class _Watch:
         if self.should_stop():
             pipeline._interrupt = True
             self.stopped = Stopped(self.done, steps)
-        elif self.done % max(1, steps // PREVIEWS) == 0:
+        elif self.show is not None and self.done % max(1, steps // PREVIEWS) == 0:
             self.show(Preview(self.done, steps, self._decoded(self._x0[:1])))
         return {}
 

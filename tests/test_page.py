@@ -191,12 +191,21 @@ def wait_until_it_shows(canvas, condition) -> None:
 
 def test_a_picture_is_drawn_while_its_prompt_is_typed(page):
     """Else a model that draws at once is no faster to use than one that does not; or old prompts are drawn first."""
-    page.get_by_label("Steps").fill("2")
+    ask(page, "a cat", 2)
+    press(page, "Draw")
+    wait_for_drawing(page, 1)
     page.get_by_label("Draw while typing").check()
-    page.get_by_label("Prompt", exact=True).press_sequentially("a red apple", delay=20)
+    page.get_by_label("Prompt", exact=True).press_sequentially(" and a dog", delay=20)
     wait_for_status(page, "Drawn while typing")
-    expect(page.locator("#recipe")).to_contain_text("a red apple")
-    assert page.locator("#gallery img").count() == 0
+    expect(page.locator("#recipe")).to_contain_text("a cat and a dog")
+    assert page.locator("#gallery img").count() == 1
+    # It is no file that one could start from; of the one before it, nothing is left.
+    expect(page.get_by_role("button", name="Start from this picture")).to_be_disabled()
+    page.get_by_label("Scheduler").click()
+    page.get_by_role("option", name="Consistency (LCM)").click()
+    page.get_by_label("Steps").fill("60")
+    page.get_by_label("Prompt", exact=True).press_sequentially("s", delay=20)
+    expect(page.get_by_text("num_inference_steps is 60; it must lie in 1 … 50")).to_be_visible()
 
 
 def test_stop(page):

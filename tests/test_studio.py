@@ -119,6 +119,14 @@ def test_a_consistency_model_is_known_as_one(tiny):
     assert tiny.usual_settings() == Usual("lcm", 4, 4.0, True)
 
 
+def test_without_previews_the_picture_is_the_same(tiny):
+    """Else what is drawn while somebody types waits for pictures that nobody sees."""
+    *shown, drawing = tiny.text_to_image(CAT, never())
+    assert shown
+    [alone] = tiny.text_to_image(CAT, never(), previews=False)
+    np.testing.assert_array_equal(pixels(alone), pixels(drawing))
+
+
 def test_a_new_seed_each_time_and_the_recipe_says_which(tiny):
     """Else "new seed" would draw the same picture again, or one that nobody could draw again."""
     any_seed = Settings(prompt="a cat", num_inference_steps=2)
