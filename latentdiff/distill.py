@@ -88,8 +88,8 @@ def load_teacher(config: TrainConfig, scheduler: ConsistencyScheduler, student: 
 class Distillation:
     """The student's answer at x_t against its own at x_s, where the teacher's guided DDIM step leads from x_t.
 
-    The second answer is the student's as it is, not an average's: arXiv 2310.14189, section 3.2, shows that averaging
-    it only delays training.
+    The second answer is the student's as it is, not that of averaged weights, which trains better (arXiv 2310.14189,
+    section 3.2) and needs no further network.
 
     Args:
         scheduler: with the steps that the noise levels are divided into.
