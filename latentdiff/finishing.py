@@ -78,6 +78,8 @@ def finish(
         half = config.save_dtype == "fp16"
         if has_lora(unet):
             save_lora(unet, Path(config.output_dir), torch.float16 if half else torch.float32)
+            if config.consistency is not None:  # whose steps the model that the adapters are for knows nothing of
+                as_pipeline(parts, unet, scheduler).scheduler.save_pretrained(config.output_dir)
         else:
             for module in (parts.vae, parts.text_encoder, unet):
                 module.to("cpu")

@@ -140,13 +140,13 @@ def _usage(
     blocks = []
     for title, package, pipeline, options in ways[:2] if lora_of else ways:
         loaded = base if lora_of else source
-        # A LoRA's model has a scheduler of its own.
+        # A LoRA's model has a scheduler of its own, and the LoRA the one that it was distilled for.
         scheduler = {"latentdiff": "ConsistencyScheduler", "diffusers": "LCMScheduler"}[package]
         sets_scheduler = bool(lora_of and draws_in_few_steps)
         imports = f"{pipeline}, {scheduler}" if sets_scheduler else pipeline
         load = f"from {package} import {imports}{helper}\n\npipe = {pipeline}.from_pretrained({loaded}{options})"
         load += f"\npipe.load_lora_weights({source})" if lora_of else ""
-        load += f"\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)" if sets_scheduler else ""
+        load += f"\npipe.scheduler = {scheduler}.from_pretrained({source})" if sets_scheduler else ""
         blocks.append(f"{title}:\n\n" + _code("python", f"{load}\n{call}"))
     return "\n\n".join(blocks)
 

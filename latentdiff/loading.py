@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.schedulers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import is_peft_available
 from safetensors import SafetensorError
 
@@ -85,12 +86,14 @@ def load_networks(
         guide_unet: the folder of a UNet, or of a pipeline that has one.
         clip: the folder of a CLIP with its tokenizer and its preprocessor's config.
         ema_sigma_rel: as `load_pipeline`.
-        lora: the folder of LoRA weights for the checkpoint's networks.
+        lora: the folder of LoRA weights for the checkpoint's networks; with a scheduler's configuration in it, they
+            are a consistency model's.
 
     Raises:
         ConfigError: one of them is not there or cannot be loaded.
     """
     pipeline = load_pipeline(checkpoint, device, dtype, ema_sigma_rel)
+    lora_ingredient = None if lora is None else _load_lora(lora, pipeline)
     hub_id = None if Path(checkpoint).exists() else checkpoint
     return Networks(
         pipeline=pipeline,
@@ -99,7 +102,7 @@ def load_networks(
         guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
         clip=None if clip is None else load_clip(clip, pipeline),
         ema_sigma_rel=ema_sigma_rel,
-        lora=None if lora is None else _load_lora(lora, pipeline),
+        lora=lora_ingredient,
     )
 
 
@@ -148,7 +151,7 @@ def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
 
 
 def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
-    """Give the pipeline the LoRA weights in a folder."""
+    """Give the pipeline the LoRA weights in a folder, and the scheduler that they were distilled for, if they were."""
     if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         raise ConfigError(f"--lora {folder}: holds no {LORA_WEIGHT_NAME_SAFE}")
     if not is_peft_available():
@@ -157,6 +160,8 @@ def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
         pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {_first_line(error)}") from None
+    if (folder / SCHEDULER_CONFIG_NAME).is_file():
+        pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder)
     return folder_ingredient(folder)
 
 
@@ -190,7 +195,8 @@ def usual_drawing(pipeline: LatentDiffPipeline, scheduler: type[SchedulerMixin] 
     """
     if not issubclass(scheduler or type(pipeline.scheduler), ConsistencyScheduler):
         return 50, 7.5
-    return 4, 1.0 if getattr(pipeline.unet.config, "time_cond_proj_dim", None) is None else 7.5
+    steps = min(4, pipeline.scheduler.config.get("original_inference_steps", 4))
+    return steps, 1.0 if getattr(pipeline.unet.config, "time_cond_proj_dim", None) is None else 7.5
 
 
 def scheduler_class(networks: Networks, name: str) -> type[SchedulerMixin]:

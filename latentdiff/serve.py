@@ -29,6 +29,8 @@ class Serve:
     """Folder of a saved pipeline, or a model on the Hub as owner/name."""
     inpaint_checkpoint: str | None = None
     """One whose UNet was trained to inpaint; by default the checkpoint's own blends the parts."""
+    lora: Path | None = None
+    """Folder of LoRA weights to draw with; distilled ones draw in few steps."""
     host: str = LOOPBACK
     """Address to listen on. The page asks for no password: any but 127.0.0.1 opens it to whoever can reach that."""
     port: int | None = None
@@ -93,8 +95,10 @@ def open_studio(options: Serve) -> "Studio":
     from .loading import load_networks
     from .studio import Studio
 
-    checkpoints = [each for each in (options.checkpoint, options.inpaint_checkpoint) if each is not None]
-    return Studio(*[load_networks(each, options.device, options.dtype) for each in checkpoints])
+    networks = load_networks(options.checkpoint, options.device, options.dtype, lora=options.lora)
+    if options.inpaint_checkpoint is None:
+        return Studio(networks)
+    return Studio(networks, load_networks(options.inpaint_checkpoint, options.device, options.dtype))
 
 
 def launch(studio: "Studio", options: Serve, folder: Path) -> "gradio.Blocks":

@@ -103,7 +103,7 @@ def test_the_lines_of_the_model_card_draw(train, lora):
 
 def test_a_distilled_lora_is_drawn_with_by_both_libraries(train, settings):
     """Else adapters that make a model fast are of no use without this project."""
-    folder = train(**DISTILL, consistency_guidance=(4.0,), lora_rank=2)
+    folder = train(**DISTILL, consistency_guidance=(4.0,), consistency_steps=20, lora_rank=2)
     found = []
     for kind, scheduler in (
         (LatentDiffPipeline, ConsistencyScheduler),
@@ -111,7 +111,9 @@ def test_a_distilled_lora_is_drawn_with_by_both_libraries(train, settings):
     ):
         pipe = kind.from_pretrained(settings["pretrained_model_name_or_path"])
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler.from_pretrained(folder)
+        assert pipe.scheduler.config.original_inference_steps == 20
+        assert pipe.scheduler.config.prediction_type == "epsilon"
         without = pipe("a cat", num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))
         pipe.load_lora_weights(folder)
         picture = pipe("a cat", num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,16 @@ from test_cli import fails
 from test_picture_lists import STEPS, guides, mask, picture, pixels
 
 from conftest import tiny_components
-from latentdiff import LatentDiffPipeline, cli, drawing, lora, posthoc_ema, redrawing, scheduling_ddim
+from latentdiff import (
+    ConsistencyScheduler,
+    LatentDiffPipeline,
+    cli,
+    drawing,
+    lora,
+    posthoc_ema,
+    redrawing,
+    scheduling_ddim,
+)
 from latentdiff.recipe import folder_ingredient, read_recipe, save_png
 
 
@@ -177,10 +186,15 @@ def test_lora_weights_are_in_the_recipe(tiny_pipeline_folder, tmp_path, capsys):
 
     for name, seed in (("few", 0), ("other", 1)):
         lora.save_lora(adapted(seed=seed), tmp_path / name)
-    flags = ["--prompts", "a cat", "--scheduler", "lcm"]
-    plain = draw(tiny_pipeline_folder, tmp_path / "plain", *flags)
-    path = draw(tiny_pipeline_folder, tmp_path / "out", *flags, "--lora", tmp_path / "few")
+    ConsistencyScheduler(original_inference_steps=3).save_pretrained(tmp_path / "few")
+    cli.main(["generate", str(tiny_pipeline_folder), "--prompts", "a cat", "--output-dir", str(tmp_path / "plain"),
+              "--scheduler", "lcm", "--num-inference-steps", "3"])  # fmt: skip
+    cli.main(["generate", str(tiny_pipeline_folder), "--prompts", "a cat", "--output-dir", str(tmp_path / "out"),
+              "--lora", str(tmp_path / "few")])  # fmt: skip
+    plain, path = (tmp_path / name / "000-a-cat.png" for name in ("plain", "out"))
     assert (pixels(path) != pixels(plain)).any()
+    drawn = read_recipe(path)
+    assert (drawn.scheduler, drawn.num_inference_steps, drawn.guidance_scale) == ("ConsistencyScheduler", 3, 1.0)
     recipe, where = read_recipe(path), ["--checkpoint", tiny_pipeline_folder]
     assert recipe.lora == folder_ingredient(tmp_path / "few") and recipe.lora.name == "few"
     assert "was made with 'few': give it with --lora" in fails(capsys, "redraw", path, *where)

@@ -5,12 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 
 import pytest
 
+from latentdiff import ConsistencyScheduler
 from latentdiff.config import ConfigError
+from latentdiff.lora import save_lora
+from latentdiff.recipe import folder_ingredient
 from latentdiff.serve import Serve, announce, is_loopback, launch, open_studio, require_gradio
+from latentdiff.studio import Settings, Usual
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,21 @@ def test_flags_out_of_range_are_named(changed, message):
 def test_who_can_reach_an_address(host, expected):
     """Else an open page would not be warned of."""
     assert is_loopback(host) is expected
+
+
+def test_with_distilled_lora_weights_it_draws_in_few_steps(tiny_pipeline_folder, tmp_path):
+    """Else a small download could not make the page draw while somebody types."""
+    from test_lora import adapted
+
+    save_lora(adapted(), tmp_path)
+    ConsistencyScheduler(original_inference_steps=10).save_pretrained(tmp_path)
+    studio = open_studio(Serve(checkpoint=str(tiny_pipeline_folder), lora=tmp_path, device="cpu"))
+    assert studio.usual_settings() == Usual("lcm", 4, 1.0, True)
+    [*_, drawing] = studio.text_to_image(
+        Settings(prompt="a cat", num_inference_steps=4, scheduler="lcm"), threading.Event()
+    )
+    assert drawing.recipe.lora == folder_ingredient(tmp_path)
+    studio.close()
 
 
 def test_without_gradio_it_says_how_to_install_it(monkeypatch):
