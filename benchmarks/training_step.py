@@ -2,7 +2,8 @@
 
 Four ways on the same UNet, batch and precision, in turn so that what else the machine does hits all of them alike:
 the bare UNet (forward, backward, optimizer) on made-up latents, which is the limit; latentdiff's whole step from the
-cache; latentdiff's step without a cache; and diffusers' way, with VAE, text encoder and its EMAModel in every step.
+cache; latentdiff's step without a cache; and diffusers' way, with VAE, text encoder and its EMAModel in every step. A
+large matrix product takes its turn, too, and says which share of that rate the arithmetic of the UNet reaches.
 """
 
 import time
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import DDPMScheduler
 from latentdiff.config import TrainConfig
@@ -63,7 +65,9 @@ def main(settings: Settings) -> None:
         "diffusers' way": step.diffusers,
     }
     rates = {name: [] for name in ways}
+    flops, products = step.flops(), []  # operations of the UNet in a step; operations a second of a matrix product
     for turn in range(settings.turns + 1):
+        products.append(matrix_product_rate(settings.mixed_precision, accelerator.device))
         for name, way in ways.items():
             started = time.perf_counter()
             for i in range(settings.steps):
@@ -74,9 +78,30 @@ def main(settings: Settings) -> None:
                 seconds = time.perf_counter() - started
                 rates[name].append(settings.steps * settings.train_batch_size / seconds)
     base = median(rates["diffusers' way"])
-    print(f"{'way':22} pictures/s  (lowest-highest)  of diffusers' way")
+    limit, product = median(rates["bare UNet"]), median(products)
+    print(f"a matrix product makes {product / 1e9:.0f} GFLOP/s, a step has {flops / 1e9:.1f} GFLOP")
+    print("| way | pictures/s | lowest … highest | of the bare UNet | of diffusers' way | of the matrix product |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, found in rates.items():
-        print(f"{name:22} {median(found):10.1f}  ({min(found):.1f}-{max(found):.1f})  {median(found) / base:.2f}x")
+        rate, share = median(found), median(found) / settings.train_batch_size * flops / product
+        print(
+            f"| {name} | {rate:.1f} | {min(found):.1f} … {max(found):.1f} | {rate / limit:.2f} | {rate / base:.2f} "
+            f"| {share:.0%} |"
+        )
+
+
+def matrix_product_rate(mixed_precision: str, device: torch.device, size: int = 2048, repeats: int = 3) -> float:
+    """Operations a second of a product of square matrices in the precision of a step, the best of a few."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 class Steps:
@@ -108,6 +133,12 @@ class Steps:
         self._accelerator.backward(F.mse_loss(output.float(), self._latents))
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def flops(self) -> int:
+        """Operations of the UNet's forward and backward pass."""
+        with FlopCounterMode(display=False) as counter:
+            self.bare(0)
+        return counter.get_total_flops()
 
     def ours(self, batches, i: int) -> None:
         """As train_text2img.py does it."""
