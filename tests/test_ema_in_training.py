@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_train_text2img import weights
 
+from latentdiff import distill
 from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.ema import PowerEMA, PowerEMAs, check_same_ema, make_ema
 from latentdiff.posthoc_ema import SNAPSHOTS, gamma_of, list_snapshots, snapshot_path
@@ -119,7 +120,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
     """An average would start anew, or snapshots of what a killed run did after its checkpoint be taken for its own."""
     changes = {"ema_sigma_rel": WIDTHS, "ema_snapshot_steps": 1, "checkpointing_steps": 2}
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
-    real, calls = script.training_loss, []
+    real, calls = distill.training_loss, []
 
     def killed(*args):
         calls.append(1)
@@ -127,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(script, "training_loss", killed)
+    monkeypatch.setattr(distill, "training_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(output_dir=str(tmp_path / "killed"), **changes)
     monkeypatch.undo()

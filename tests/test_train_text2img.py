@@ -25,7 +25,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 import kill_stress
 from conftest import _HUB, make_pictures, reset_accelerate
 from hub_server import TOKEN, USER
-from latentdiff import LatentDiffPipeline, background_push
+from latentdiff import LatentDiffPipeline, background_push, distill
 from latentdiff.cli_errors import run_training
 from latentdiff.config import ConfigError, TrainConfig
 from latentdiff.hub import PushError
@@ -226,13 +226,13 @@ def test_objectives_that_contradict_each_other_are_refused(train, changes, named
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_checkpoint(script, settings, tmp_path, monkeypatch, capsys):
     """NaN weights would be trained on for days, and saved over the good ones."""
-    real, calls = script.training_loss, []
+    real, calls = distill.training_loss, []
 
     def spoilt(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(script, "training_loss", spoilt)
+    monkeypatch.setattr(distill, "training_loss", spoilt)
     flags = {**settings, "checkpointing_steps": 2, "max_train_steps": 6}
     TrainConfig(**flags).save(tmp_path / "run.yaml")
     with pytest.raises(SystemExit) as stopped:
@@ -302,7 +302,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
     accumulation = changes.get("gradient_accumulation_steps", 1)
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
 
-    real, calls = script.training_loss, []
+    real, calls = distill.training_loss, []
 
     def killed(*args):
         calls.append(1)
@@ -310,7 +310,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(script, "training_loss", killed)
+    monkeypatch.setattr(distill, "training_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(output_dir=str(tmp_path / "killed"), **changes)
     monkeypatch.undo()
@@ -330,7 +330,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_to_the_last_bit(
     changes = {"logging_steps": 4, "checkpointing_steps": 4}
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
 
-    real, calls = script.training_loss, []
+    real, calls = distill.training_loss, []
 
     def interrupted(*args):
         calls.append(1)
@@ -338,7 +338,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_to_the_last_bit(
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(script, "training_loss", interrupted)
+    monkeypatch.setattr(distill, "training_loss", interrupted)
     with pytest.raises(SystemExit) as left:
         train(output_dir=str(tmp_path / "stopped"), **changes)
     monkeypatch.undo()
