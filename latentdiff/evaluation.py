@@ -35,6 +35,7 @@ from .processes import join_processes, shared_out
 from .questions import Questions, emoji_questions, own_questions
 from .recipe import Ingredient, Recipe, save_png, write_whole
 from .retrieval import Recalls, galleries_of, recalls_of
+from .scheduling_consistency import ConsistencyScheduler
 
 PICTURES, FEATURES = "pictures", "features"
 MAX_HELD_OUT = 256  # pictures that losses are measured on
@@ -108,6 +109,8 @@ def evaluate(command: Evaluate) -> None:
     if state.num_processes > 1 and command.device is None:
         command = replace(command, device=str(state.device))
     networks = load(command)
+    if command.likelihood and not _denoises(networks):
+        raise ConfigError(f"--likelihood: {command.checkpoint} is a consistency model, whose answers bound none")
     network = feature_networks.load(command.network, networks.pipeline.device)
     clip = command.clip_score and load_clip(command.clip_score, networks.pipeline, "--clip-score", scale=1.0)
     height, width = networks.pipeline._picture_size(None, None)
@@ -171,6 +174,11 @@ class _Files(Sequence):
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
+def _denoises(networks: Networks) -> bool:
+    """A consistency model's answer is no mean over pictures, as a denoiser's: its squared error says nothing of it."""
+    return not isinstance(networks.own_scheduler, ConsistencyScheduler)
+
+
 def _measure(
     command: Evaluate,
     networks: Networks,
@@ -182,7 +190,9 @@ def _measure(
 ) -> Evaluation:
     real = extract_features(network, questions.images, cache_folder(), questions.keys)
     drawn = extract_features(network, images, command.output_dir / FEATURES)
-    recalls = None
+    recalls, held_out = None, None
+    if _denoises(networks):
+        held_out = held_out_curve(networks.pipeline, questions.held_out, max_pictures=MAX_HELD_OUT)
     if questions.asked is not None:
         recalls = recalls_of(drawn, questions.asked, galleries_of(real, questions.emoji_set))
     return Evaluation(
@@ -192,7 +202,7 @@ def _measure(
         reconstruction=reconstruction(networks, network, questions, real),
         retrieval=recalls,
         clip_score=clip and clip_score(clip, questions, images),
-        held_out=held_out_curve(networks.pipeline, questions.held_out, max_pictures=MAX_HELD_OUT),
+        held_out=held_out,
         likelihood=_likelihood(networks, questions) if command.likelihood else None,
     )
 

@@ -20,7 +20,16 @@ from test_clip_guidance import clip_folder
 from test_feature_networks import dino_folder
 from test_retrieval import Thumbnail, toy_set
 
-from latentdiff import cli, efficientnet_lite, emoji, evaluation, feature_networks, retrieval
+from latentdiff import (
+    ConsistencyScheduler,
+    LatentDiffPipeline,
+    cli,
+    efficientnet_lite,
+    emoji,
+    evaluation,
+    feature_networks,
+    retrieval,
+)
 from latentdiff.clip_guidance import ClipGuidance
 from latentdiff.data import EmojiPictures
 from latentdiff.distances import frechet_distance
@@ -207,6 +216,18 @@ def test_the_average_of_the_weights_is_quoted(tiny_pipeline_folder, tmp_path):
     ):
         (tmp_path / "train_config.yaml").write_text(settings)
         assert averaged_weights(tmp_path, None) == said
+
+
+def test_a_consistency_model_has_no_denoising_loss(tiny_pipeline_folder, toy_set, tmp_path, monkeypatch, capsys):
+    """Its answers at strong noise are whole pictures, whose squared error would be quoted as a bad denoiser's."""
+    on_toys(monkeypatch, toy_set, tmp_path / "cache")
+    pipe = LatentDiffPipeline.from_pretrained(tiny_pipeline_folder)
+    pipe.scheduler = ConsistencyScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "few")
+    found = run(tmp_path / "few", tmp_path / "out")
+    assert found["held_out"] is None and found["conditions"]["drawing"]["scheduler"] == "ConsistencyScheduler"
+    said = fails(capsys, "evaluate", tmp_path / "few", "--output-dir", tmp_path / "other", "--likelihood")
+    assert "--likelihood: " in said and not (tmp_path / "other" / "pictures").exists()
 
 
 def test_pictures_of_ones_own(evaluate, pictures, tmp_path):
