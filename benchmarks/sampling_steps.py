@@ -78,7 +78,7 @@ OTHERS = {
     "unipc-20": Row(scheduler="unipc", num_inference_steps=20),
 }
 # Of a checkpoint that was distilled to draw in few steps, with the same output folder:
-#     python benchmarks/sampling_steps.py --checkpoint checkpoints/emoji64-lcm --rows lcm-1 lcm-2 lcm-4 lcm-8
+#     python benchmarks/sampling_steps.py --checkpoint runs/emoji64-lcm --rows lcm-1 lcm-2 lcm-4 lcm-8
 FEW_STEPS = {f"lcm-{n}": Row(scheduler="lcm", num_inference_steps=n) for n in (1, 2, 4, 8)}
 ROWS = STEPS | OTHERS | FEW_STEPS | GUIDANCE
 

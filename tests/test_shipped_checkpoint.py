@@ -131,43 +131,6 @@ def test_it_sees_what_is_known():
     assert known_half < 0.5 * drawn_right and open_half < drawn_left
 
 
-# ---- the one of few steps -------------------------------------------------------------------------------------------
-
-FEW_STEPS = FOLDER.with_name("emoji64-lcm")
-has_few_steps = pytest.mark.skipif(not FEW_STEPS.is_dir(), reason="checkpoints/emoji64-lcm is not here")
-
-
-@has_few_steps
-def test_the_few_step_checkpoint_is_a_unet_on_the_same_parts():
-    """The repository would hold VAE and text encoder twice, or a stranger get older code with one of the two."""
-    assert sum(path.stat().st_size for path in FEW_STEPS.rglob("*") if path.is_file()) < 40e6
-    for part in ("vae", "text_encoder", "tokenizer"):
-        for path in (FOLDER / part).iterdir():
-            assert (FEW_STEPS / part / path.name).read_bytes() == path.read_bytes(), path
-    for path in FOLDER.glob("*.py"):
-        assert (FEW_STEPS / path.name).read_text() == path.read_text(), f"{path.name}: publish the checkpoint anew"
-    card = (FEW_STEPS / "README.md").read_text()
-    assert "license: cc-by-sa-4.0" in card and "Twemoji" in card and "OpenMoji" in card
-    assert "- latent-consistency-model" in card
-
-
-@has_few_steps
-def test_it_follows_words_in_two_steps_and_in_diffusers():
-    """Plain diffusers would draw something else, or few steps lose what was asked for: chance is 1 in 13 for each."""
-    from diffusers import StableDiffusionPipeline
-    from PIL import Image
-
-    from latentdiff.backgrounds import border_colour, nearest_colour
-
-    ours, theirs = (_quiet(kind.from_pretrained(FEW_STEPS)) for kind in (LatentDiffPipeline, StableDiffusionPipeline))
-    colours = ["red", "blue", "green", "purple", "yellow", "black"]
-    prompts = [f"a rocket on a {colour} background" for colour in colours]
-    images = draw(ours, prompts, steps=2)
-    assert np.array_equal(images, draw(theirs, prompts, steps=2))
-    drawn = [nearest_colour(border_colour(Image.fromarray((image * 255).round().astype("uint8")))) for image in images]
-    assert sum(a == b for a, b in zip(drawn, colours, strict=True)) >= 4, drawn
-
-
 def test_the_worse_unet_beside_it_guides_it(pipeline):
     """The folder to guide by would not fit the checkpoint, or name the machine it was trained on."""
     from diffusers import UNet2DConditionModel
