@@ -1,16 +1,6 @@
 """latentdiff: captioned pictures in, a published text-to-image model out, on Hugging Face diffusers."""
 
-# Imported eagerly: diffusers finds a scheduler class by its module's name in sys.modules when it loads a pipeline.
-from .mp_unet import MPUNet2DConditionModel
-from .pipelines.img2img import LatentDiffImg2ImgPipeline
-from .pipelines.inpaint import LatentDiffInpaintPipeline
-from .pipelines.interpolate import LatentDiffInterpolatePipeline
-from .pipelines.invert import LatentDiffInversionPipeline
-from .pipelines.portable_saving import OWN_UNETS
-from .pipelines.text2img import LatentDiffPipeline
-from .scheduling_consistency import ConsistencyScheduler
-from .scheduling_ddim import DDIMScheduler
-from .scheduling_ddpm import DDPMScheduler
+import importlib
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,4 +15,15 @@ __all__ = [
     "MPUNet2DConditionModel",
 ]
 
-OWN_UNETS[MPUNet2DConditionModel.__name__] = MPUNet2DConditionModel
+
+def __getattr__(name: str) -> type:
+    """All classes at the first use of any: what they need takes seconds to load, which `latentdiff --help` has not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module(".public", __name__)
+    globals().update({each: getattr(public, each) for each in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from .config import ConfigError
 from .images import crop_box, open_upright, resized
 from .loading import Networks, make_scheduler
-from .pipelines.img2img import LatentDiffImg2ImgPipeline
-from .pipelines.inpaint import LatentDiffInpaintPipeline
-from .pipelines.interpolate import LatentDiffInterpolatePipeline
-from .pipelines.invert import LatentDiffInversionPipeline
-from .pipelines.text2img import LatentDiffPipeline
+from .public import (
+    LatentDiffImg2ImgPipeline,
+    LatentDiffInpaintPipeline,
+    LatentDiffInterpolatePipeline,
+    LatentDiffInversionPipeline,
+    LatentDiffPipeline,
+)
 from .recipe import Recipe
 
 PIPELINES = {

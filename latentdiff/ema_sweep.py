@@ -18,9 +18,9 @@ from .held_out_curve import training_schedule
 from .loading import load_pipeline
 from .models import FrozenParts, trained_model
 from .picture_measures import emoji_reference, measure_emoji
-from .pipelines.text2img import LatentDiffPipeline
 from .posthoc_ema import Reconstruction
 from .presets import read_config
+from .public import LatentDiffPipeline
 from .recipe import folder_sha256, write_whole
 from .retrieval import DrawSettings, draw, plain_caption, take, training_queries
 from .training_data import load_data

@@ -17,9 +17,9 @@ from .ema import EMA, PowerEMAs
 from .hub import model_card, push_folder
 from .lora import has_lora, save_lora
 from .models import FrozenParts, UNetWithTextEncoder, networks_of
-from .pipelines.text2img import LatentDiffPipeline
 from .posthoc_ema import SNAPSHOTS
 from .presets import PRESETS
+from .public import LatentDiffPipeline
 from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddim import DDIMScheduler
 from .scheduling_ddpm import DDPMScheduler

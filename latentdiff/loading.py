@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from .clip_guidance import ClipGuidance
 from .config import ConfigError
 from .models import hide_loading_bars, unet_class
-from .pipelines.text2img import LatentDiffPipeline
+from .public import LatentDiffPipeline
 from .recipe import Ingredient, Recipe, folder_ingredient
 from .scheduling_consistency import ConsistencyScheduler
 from .scheduling_ddim import DDIMScheduler

@@ -5,11 +5,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import latentdiff
 from conftest import tiny_components
 from latentdiff import LatentDiffPipeline, backgrounds, cli, feature_networks, measuring, retrieval
 
@@ -26,15 +24,9 @@ def fails(capsys, *argv) -> str:
 
 
 def without_torch(*argv: str) -> subprocess.CompletedProcess:
-    """Run a command in a process of its own, which fails if it loads torch.
-
-    The package's own `__init__` is stood in for: what it imports is not this module's doing.
-    """
+    """Run a command, package and all, in a process of its own, which fails if it loads torch."""
     code = f"""
-import sys, types
-package = types.ModuleType("latentdiff")
-package.__path__ = [{str(Path(latentdiff.__file__).parent)!r}]
-sys.modules["latentdiff"] = package
+import sys
 from latentdiff.cli import main
 try:
     main({list(argv)!r})

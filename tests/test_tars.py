@@ -227,7 +227,7 @@ SECRET = "/etc/passwd"
         (info("1.png", pax_headers={"GNU.sparse.size": "4096", "GNU.sparse.map": "0,0"}), "no ordinary file"),
         (info("1.png", type=b"Z"), "no ordinary file"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else f"{value.name}-{value.type.decode()}",
 )
 def test_what_is_no_file_inside_is_refused(tmp_path, header, reason):
     """A shard from the net would read the files and devices of whoever trains on it."""
