@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +185,9 @@ class EntryStore:
                 with _writing(self._folder):
                     path.unlink(missing_ok=True)
         for left in self._folder.glob(".*"):  # what a killed run was writing
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
 
     def _map_new_shards(self) -> None:
         for path in sorted(self._folder.glob("*.safetensors")):

@@ -230,6 +230,13 @@ def test_two_runs_fill_one_store_at_the_same_time(tmp_path, small_shards):
     assert not failures and len(done) == 4
 
 
+def test_what_another_run_has_just_finished_writing_is_no_fault(tmp_path):
+    """A run would end because a file that it saw was given its final name before it looked at it."""
+    (tmp_path / ".half-written").symlink_to("moved")  # seen, and not there any more
+    store, positions, _ = fill(tmp_path, range(4))
+    check(store, positions, range(4))
+
+
 def test_reading_goes_on_when_the_folder_is_removed(tmp_path):
     """Somebody clears the cache while a run of days reads it."""
     import shutil
