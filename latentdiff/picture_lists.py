@@ -16,7 +16,7 @@ from .cli_base import Drawing
 from .config import ConfigError
 from .drawing import draw_recipes, open_input
 from .grid import labelled_grid
-from .loading import SCHEDULERS, Networks, load_networks, usual_drawing
+from .loading import SCHEDULERS, Networks, chosen_drawing, load_networks
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png, write_whole
 from .scheduling_consistency import ConsistencyScheduler
 
@@ -121,15 +121,15 @@ def picture_recipe(command: Drawing, networks: Networks, **values: Any) -> Recip
     low_high = command.guidance_interval
     scheduler = SCHEDULERS[command.scheduler] if command.scheduler else type(networks.own_scheduler)
     common = {"prompt": "", "seed": command.seed, "scheduler": scheduler.__name__}
-    steps, guidance_scale = usual_drawing(networks.pipeline, scheduler)
-    guidance_scale = guidance_scale if command.guidance_scale is None else command.guidance_scale
+    asked = (command.num_inference_steps, command.guidance_scale)
+    steps, guidance_scale = chosen_drawing(networks.pipeline, *asked, scheduler)
     if command.negative_prompt and guidance_scale <= 1:
         raise ConfigError(f"--negative-prompt: has no effect at guidance scale {guidance_scale:g}")
     if command.negative_prompt and networks.pipeline._guidance_embedding_dim is not None:
         raise ConfigError("--negative-prompt: has no effect on this checkpoint, whose guidance is inside its UNet")
     return Recipe(
         negative_prompt=command.negative_prompt,
-        num_inference_steps=steps if command.num_inference_steps is None else command.num_inference_steps,
+        num_inference_steps=steps,
         timestep_spacing=command.timestep_spacing,
         karras_sigmas=command.karras_sigmas,
         guidance_scale=guidance_scale,

@@ -22,7 +22,7 @@ from .cli_base import Command
 from .config import ConfigError
 from .drawing import draw_pictures
 from .feature_networks import FeatureNetwork, extract_features
-from .loading import usual_drawing
+from .loading import chosen_drawing
 from .recipe import write_whole
 
 
@@ -38,10 +38,10 @@ class DrawSettings:
     @classmethod
     def of(cls, command: Command, pipeline: Any) -> "DrawSettings":
         """As a command says, and where it says nothing as the pipeline draws well."""
-        steps, guidance_scale = usual_drawing(pipeline)
+        steps, guidance_scale = chosen_drawing(pipeline, command.num_inference_steps, command.guidance_scale)
         return cls(
-            num_inference_steps=steps if command.num_inference_steps is None else command.num_inference_steps,
-            guidance_scale=guidance_scale if command.guidance_scale is None else command.guidance_scale,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
             seed=command.seed,
             batch_size=command.batch_size,
         )
