@@ -117,15 +117,19 @@ class TrainConfig:
     and shape are decided at an SNR below 0.1, where errors of the picture hardly count in the plain epsilon loss: a
     small network learns to follow words much sooner with a value as low as that."""
 
-    consistency: Literal["distillation", "training"] | None = None
+    consistency: Literal["distillation", "trajectories", "training"] | None = None
     """Make a consistency model, which draws in one to eight steps: "distillation" of a pretrained UNet, the teacher,
-    under guidance (arXiv 2310.04378), or "training" on the pictures without a teacher (arXiv 2310.14189)."""
+    under guidance (arXiv 2310.04378); "trajectories" to learn its whole ones, each sample of a batch at all of their
+    steps; or "training" on the pictures without a teacher (arXiv 2310.14189)."""
     consistency_steps: int = 50
-    """Into how many steps its noise levels are divided, between neighbours of which it learns to answer alike; without
-    a teacher they grow to that number from 10."""
+    """Into how many steps its noise levels are divided, between neighbours of which it learns to answer alike, or the
+    steps of a trajectory, of which 8 to 10 are enough; without a teacher they grow to that number from 10."""
     consistency_teacher: str | None = None
     """Folder or Hub id of the teacher's pipeline, where the student begins from another UNet, which may be smaller or
     have another prediction type; by default it is the pretrained model itself."""
+    consistency_guide_unet: str | None = None
+    """Folder of a worse UNet for the teacher's guidance to lead away from instead of the empty caption (autoguidance,
+    arXiv 2406.02507)."""
     consistency_guidance: tuple[float, ...] = (1.0, 8.0)
     """The teacher's guidance: one value for good, with which pictures are then drawn at guidance 1; or the ends of a
     range, from which the student takes any as an input."""
@@ -282,6 +286,11 @@ class TrainConfig:
         return not (self.train_data_dir or self.dataset_name)
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether the UNet is trained to answer as another does at the end of its trajectories."""
+        return self.consistency in ("distillation", "trajectories")
+
+    @property
     def samples_per_step(self) -> int:
         """Pictures per optimizer step on one process."""
         return self.train_batch_size * self.gradient_accumulation_steps
@@ -330,8 +339,9 @@ def _check_power_ema(config: TrainConfig) -> None:
 
 def _check_consistency(config: TrainConfig) -> None:
     guidance = config.consistency_guidance
+    of_teacher = ("consistency_teacher", "consistency_guide_unet", "consistency_guidance")
     if config.consistency is None:
-        for name in ("consistency_steps", "consistency_teacher", "consistency_guidance"):
+        for name in ("consistency_steps", *of_teacher):
             if getattr(config, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name}: has no effect without --consistency")
         return
@@ -341,7 +351,7 @@ def _check_consistency(config: TrainConfig) -> None:
                 f"{name}: weighs the denoising loss, which is not what consistency {config.consistency} has"
             )
     if config.consistency == "training":
-        for name in ("consistency_teacher", "consistency_guidance"):
+        for name in of_teacher:
             if getattr(config, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name}: has no effect with consistency 'training', which has no teacher")
         if config.consistency_steps < 10:
@@ -349,12 +359,17 @@ def _check_consistency(config: TrainConfig) -> None:
         return
     if config.unet != "pretrained" and config.consistency_teacher is None:
         raise ConfigError(
-            f"consistency: 'distillation' of new weights (unet {config.unet!r}) needs consistency_teacher"
+            f"consistency: {config.consistency!r} of new weights (unet {config.unet!r}) needs consistency_teacher"
         )
-    if config.prediction_type is not None and config.unet == "pretrained":
-        raise ConfigError("prediction_type: a student that begins from a pretrained UNet keeps that one's")
+    if config.prediction_type is not None and config.unet == "pretrained" and config.consistency == "distillation":
+        raise ConfigError(
+            "prediction_type: a student that begins from a pretrained UNet and learns from its own answers keeps that "
+            "one's"
+        )
     if config.train_text_encoder:
-        raise ConfigError("train_text_encoder: consistency 'distillation' has a teacher that reads as the student does")
+        raise ConfigError(
+            f"train_text_encoder: consistency {config.consistency!r} has a teacher that reads as the student does"
+        )
     if not 1 <= len(guidance) <= 2 or min(guidance) < 1 or sorted(set(guidance)) != list(guidance):
         raise ConfigError(f"consistency_guidance: {guidance} is neither a value of at least 1 nor two ascending ones")
     if config.lora_rank is not None and len(guidance) == 2:

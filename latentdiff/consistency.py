@@ -38,30 +38,52 @@ def consistency_function(
     return c_skip * x_t.float() + c_out * x_0
 
 
-def guided_ddim_step(
+def guided(teacher: Network, led_away_from: Network, guidance_scales: torch.Tensor) -> Network:
+    """What the teacher puts out under guidance, e_n + w (e_p - e_n).
+
+    Args:
+        teacher, led_away_from: the network with the captions, and with the empty one; or a worse network with the
+            captions (autoguidance, arXiv 2406.02507).
+        guidance_scales: w (B,); that of arXiv 2310.04378 is one less.
+    """
+
+    def network(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        negative, positive = led_away_from(x_t, timesteps), teacher(x_t, timesteps)
+        return guide(negative.float(), positive.float(), guidance_scales.reshape(-1, *[1] * (x_t.ndim - 1)))
+
+    return network
+
+
+def ddim_step(
     teacher: Network,
-    unguided_teacher: Network,
-    guidance_scales: torch.Tensor,
     alphas_cumprod: torch.Tensor,
     prediction_type: str,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
     to_timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """One step of DDIM along the teacher's guided probability flow, x_t at `timesteps` -> x_s at `to_timesteps`.
-
-    Luo et al. 2023 (arXiv 2310.04378, eq. 13-14) with DDIM (arXiv 2010.02502, eq. 13) as the solver.
-
-    Args:
-        teacher, unguided_teacher: with the captions and with the empty one.
-        guidance_scales: (B,), w of e_u + w (e_c - e_u); the paper's w is one less.
-        timesteps, to_timesteps: (B,).
-    """
-    positive, negative = teacher(x_t, timesteps), unguided_teacher(x_t, timesteps)
-    output = guide(negative.float(), positive.float(), guidance_scales.reshape(-1, *[1] * (x_t.ndim - 1)))
-    x_0, epsilon = predict_x0_and_epsilon(alphas_cumprod, output, x_t, timesteps, prediction_type)
+    """One step of DDIM (arXiv 2010.02502, eq. 13) along the teacher's probability flow, x_t at `timesteps` (B,) -> x_s
+    at `to_timesteps` (B,): the solver of arXiv 2310.04378, eq. 13-14."""
+    x_0, epsilon = predict_x0_and_epsilon(alphas_cumprod, teacher(x_t, timesteps), x_t, timesteps, prediction_type)
     signal, sigma = signal_and_noise_levels(alphas_cumprod, to_timesteps, x_t)
     return (signal * x_0 + sigma * epsilon).to(x_t.dtype)
+
+
+def ddim_trajectory(
+    teacher: Network, alphas_cumprod: torch.Tensor, prediction_type: str, noise: torch.Tensor, grid: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From noise (B, C, h, w), taken for x at the last timestep of the ascending `grid`, to the picture it flows to.
+
+    Returns:
+        x_t at each timestep of the grid (N, B, C, h, w), and the end (B, C, h, w).
+    """
+    points, x_t = {}, noise
+    for t, s in zip(reversed(grid), [*reversed(grid[:-1]), None], strict=True):
+        points[t], timesteps = x_t, torch.full((len(noise),), t, device=noise.device)
+        if s is not None:
+            x_t = ddim_step(teacher, alphas_cumprod, prediction_type, x_t, timesteps, torch.full_like(timesteps, s))
+    end, _ = predict_x0_and_epsilon(alphas_cumprod, teacher(x_t, timesteps), x_t, timesteps, prediction_type)
+    return torch.stack([points[t] for t in grid]), end.to(noise.dtype)
 
 
 def pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 without one (see `consistency`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from accelerate import Accelerator
@@ -12,14 +12,18 @@ from .config import ConfigError, TrainConfig
 from .consistency import (
     Network,
     consistency_function,
+    ddim_step,
+    ddim_trajectory,
     discretization_steps,
-    guided_ddim_step,
+    guided,
     neighbours,
     pseudo_huber,
 )
-from .models import UNet, freeze, load_unet
+from .losses import denoising_loss, training_target
+from .models import UNet, freeze, load_guide_unet, load_unet
+from .noise_schedule import signal_and_noise_levels
 from .pipelines.guided_sampling import guidance_embedding
-from .scheduling_consistency import ConsistencyScheduler
+from .scheduling_consistency import ConsistencyScheduler, solver_timesteps
 from .scheduling_ddpm import DDPMScheduler
 from .training import load_schedule, training_loss, use_fast_attention
 from .training_data import Data
@@ -43,12 +47,11 @@ def make_objective(
     Raises:
         ConfigError: the teacher cannot be loaded.
     """
-    if config.consistency == "distillation":
-        teacher = load_teacher(config, scheduler, unet)
-        teacher.unet.to(accelerator.device)
-        empty_caption = data.hidden_states([0], [-1]).to(accelerator.device)
+    if config.has_teacher:
+        kind = Distillation if config.consistency == "distillation" else TrajectoryDistillation
+        teacher = load_teacher(config, scheduler, unet, data.hidden_states([0], [-1]), accelerator.device)
         guidance_width = getattr(unet.config, "time_cond_proj_dim", None)
-        return Distillation(scheduler, teacher, empty_caption, accelerator, guidance_width)
+        return kind(scheduler, teacher, accelerator, guidance_width)
     if config.consistency == "training":
         return ConsistencyTraining(scheduler, config.consistency_steps, total_steps)
     return lambda model, batch, step: training_loss(model, scheduler, batch, config)
@@ -56,13 +59,32 @@ def make_objective(
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen UNet and what it puts out."""
+    """A frozen UNet under guidance, on the device."""
 
     unet: UNet
     prediction_type: str
+    guide_unet: UNet | None
+    """What its guidance leads away from, given the captions;"""
+    empty_caption: torch.Tensor
+    """or, where there is none, the UNet itself given this (1, L, D)."""
+
+    def of(self, batch: Batch) -> Network:
+        """Its guided answer for the captions of a batch."""
+        with_captions = told(self.unet, batch, batch.encoder_hidden_states)
+        if self.guide_unet is not None:
+            worse = told(self.guide_unet, batch, batch.encoder_hidden_states)
+        else:
+            worse = told(self.unet, batch, self.empty_caption.expand(len(batch.latents), -1, -1))
+        return guided(with_captions, worse, batch.guidance_scales)
 
 
-def load_teacher(config: TrainConfig, scheduler: ConsistencyScheduler, student: UNet) -> Teacher:
+def load_teacher(
+    config: TrainConfig,
+    scheduler: ConsistencyScheduler,
+    student: UNet,
+    empty_caption: torch.Tensor,
+    device: torch.device | str = "cpu",
+) -> Teacher:
     """The teacher that the settings name, in fp32.
 
     Raises:
@@ -74,15 +96,22 @@ def load_teacher(config: TrainConfig, scheduler: ConsistencyScheduler, student: 
     unet, theirs = freeze(load_unet(source, revision, variant)), load_schedule(source, revision)
     if not torch.equal(theirs.alphas_cumprod, scheduler.alphas_cumprod):
         raise ConfigError(f"consistency_teacher: {source!r} has another noise schedule than the student")
+    _check_inputs("consistency_teacher", unet, student)
+    guide_unet = None
+    if config.consistency_guide_unet is not None:
+        guide_unet = freeze(load_guide_unet(config.consistency_guide_unet, "consistency_guide_unet:"))
+        _check_inputs("consistency_guide_unet", guide_unet, student)
+    for network in filter(None, (unet, guide_unet)):
+        use_fast_attention(network.to(device))
+    return Teacher(unet, theirs.config.prediction_type, guide_unet, empty_caption.to(device))
+
+
+def _check_inputs(setting: str, unet: UNet, student: UNet) -> None:
     for name in ("in_channels", "cross_attention_dim"):
         if unet.config[name] != student.config[name]:
-            raise ConfigError(
-                f"consistency_teacher: its {name} is {unet.config[name]}, and the student's {student.config[name]}"
-            )
+            raise ConfigError(f"{setting}: its {name} is {unet.config[name]}, and the student's {student.config[name]}")
     if getattr(unet.config, "time_cond_proj_dim", None) is not None:
-        raise ConfigError(f"consistency_teacher: {source!r} takes its guidance as an input: it is a student itself")
-    use_fast_attention(unet)
-    return Teacher(unet, theirs.config.prediction_type)
+        raise ConfigError(f"{setting}: it takes its guidance as an input: it is a student itself")
 
 
 class Distillation:
@@ -93,39 +122,57 @@ class Distillation:
 
     Args:
         scheduler: with the steps that the noise levels are divided into.
-        teacher: on the device.
-        empty_caption: (1, L, D), what its guidance leads away from.
         guidance_width: of the student's input for the guidance weight, where it has one.
     """
 
     def __init__(
-        self,
-        scheduler: ConsistencyScheduler,
-        teacher: Teacher,
-        empty_caption: torch.Tensor,
-        accelerator: Accelerator,
-        guidance_width: int | None,
+        self, scheduler: ConsistencyScheduler, teacher: Teacher, accelerator: Accelerator, guidance_width: int | None
     ):
-        self._scheduler, self._teacher, self._empty_caption = scheduler, teacher, empty_caption
-        self._guidance_width = guidance_width
+        self._scheduler, self._teacher, self._guidance_width = scheduler, teacher, guidance_width
         self._autocast = accelerator.autocast
         self._skip = len(scheduler) // scheduler.config.original_inference_steps
 
     def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """The loss of each sample (B,)."""
         x_t, timesteps, earlier = noised(self._scheduler, batch, self._skip)
+        flow = self._scheduler.alphas_cumprod, self._teacher.prediction_type
         with torch.no_grad(), self._autocast():
-            x_s = guided_ddim_step(
-                told(self._teacher.unet, batch, batch.encoder_hidden_states),
-                told(self._teacher.unet, batch, self._empty_caption.expand(len(x_t), -1, -1)),
-                batch.guidance_scales,
-                self._scheduler.alphas_cumprod,
-                self._teacher.prediction_type,
-                x_t,
-                timesteps,
-                earlier,
-            )
+            x_s = ddim_step(self._teacher.of(batch), *flow, x_t, timesteps, earlier)
         return consistency_loss(model, self._scheduler, batch, (x_t, timesteps), (x_s, earlier), self._guidance_width)
+
+
+class TrajectoryDistillation:
+    """The denoising loss on the teacher's own trajectories, from the batch's noise to their ends, at each of their
+    points: the noise that a point has over the end is known, and so what a network puts out that answers with the end.
+
+    No answer has to wait until those below it are learned, as in `Distillation`, and every step of the teacher gives a
+    sample (Luhman & Luhman 2021, arXiv 2101.02388, take the first point alone).
+
+    Args: as `Distillation`.
+    """
+
+    def __init__(
+        self, scheduler: ConsistencyScheduler, teacher: Teacher, accelerator: Accelerator, guidance_width: int | None
+    ):
+        self._scheduler, self._teacher, self._guidance_width = scheduler, teacher, guidance_width
+        self._autocast = accelerator.autocast
+        self._grid = solver_timesteps(len(scheduler), scheduler.config.original_inference_steps)
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
+        """The mean loss over each sample's trajectory (B,)."""
+        abar, kind = self._scheduler.alphas_cumprod, self._scheduler.config.prediction_type
+        with torch.no_grad(), self._autocast():
+            points, end = ddim_trajectory(
+                self._teacher.of(batch), abar, self._teacher.prediction_type, batch.noise, self._grid
+            )
+        x_t, ends = points.flatten(0, 1), end.repeat(len(self._grid), 1, 1, 1)
+        timesteps = torch.tensor(self._grid, device=end.device).repeat_interleave(len(end))
+        signal, sigma = signal_and_noise_levels(abar, timesteps, x_t)
+        target = training_target(kind, ends, (x_t - signal * ends) / sigma, abar, timesteps)
+        repeated = repeat(batch, len(self._grid))
+        text = repeated.captions if batch.encoder_hidden_states is None else repeated.encoder_hidden_states
+        answer = told(model, repeated, text, self._guidance_width)(x_t, timesteps)
+        return denoising_loss(answer, target).reshape(len(self._grid), -1).mean(dim=0)
 
 
 class ConsistencyTraining:
@@ -145,6 +192,16 @@ class ConsistencyTraining:
         x_t, timesteps, earlier = noised(self._scheduler, batch, len(self._scheduler) // steps)
         x_s = self._scheduler.add_noise(batch.latents, batch.noise, earlier)
         return consistency_loss(model, self._scheduler, batch, (x_t, timesteps), (x_s, earlier))
+
+
+def repeat(batch: Batch, times: int) -> Batch:
+    """The whole batch so many times over."""
+    return Batch(
+        *(
+            value if value is None else value * times if isinstance(value, list) else torch.cat([value] * times)
+            for value in (getattr(batch, field.name) for field in fields(batch))
+        )
+    )
 
 
 def noised(scheduler: ConsistencyScheduler, batch: Batch, skip: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -124,7 +124,7 @@ def training_command(settings: dict) -> str:
         settings: all of a `TrainConfig`, by name.
     """
     preset = "finetune" if settings["unet"] == "pretrained" else "emoji64"
-    if settings.get("consistency") == "distillation":
+    if settings.get("consistency") in ("distillation", "trajectories"):
         preset = "distill"
     defaults = {field.name: field.default for field in fields(TrainConfig)} | PRESETS[preset]
     defaults["pretrained_model_name_or_path"] = packaged_checkpoint()
@@ -145,7 +145,7 @@ def few_steps_call(config: TrainConfig) -> dict[str, object]:
     """What is passed to a call that draws with a consistency model: where guidance is for good inside it, none more."""
     if config.consistency is None:
         return {}
-    is_fixed = config.consistency == "distillation" and len(config.consistency_guidance) == 1
+    is_fixed = config.has_teacher and len(config.consistency_guidance) == 1
     guidance = 1.0 if is_fixed else config.validation_guidance_scale
     return {"num_inference_steps": config.validation_inference_steps, "guidance_scale": guidance}
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from .clip_guidance import ClipGuidance
 from .config import ConfigError
-from .models import hide_loading_bars, unet_class
+from .models import hide_loading_bars, load_guide_unet
 from .public import LatentDiffPipeline
 from .recipe import Ingredient, Recipe, folder_ingredient
 from .scheduling_consistency import ConsistencyScheduler
@@ -141,12 +141,7 @@ def load_pipeline(
 
 
 def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
-    if (folder / "unet" / "config.json").is_file():
-        folder = folder / "unet"
-    try:
-        unet = unet_class(folder).from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--guide-unet {folder}: no UNet can be loaded from it: {_first_line(error)}") from None
+    unet = load_guide_unet(folder, "--guide-unet", dtype=pipeline.dtype)
     return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))
 
 

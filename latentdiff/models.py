@@ -142,6 +142,26 @@ def load_unet(path: str, revision: str | None = None, variant: str | None = None
     return _load(unet_class(path, subfolder="unet", revision=revision), path, options).float()
 
 
+def load_guide_unet(folder: str | Path, setting: str, **options) -> UNet:
+    """A UNet from its folder or that of a pipeline that has one.
+
+    Args:
+        setting: what named it, for the error.
+        options: as `from_pretrained` takes them, such as `dtype`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(folder)
+    if (folder / "unet" / "config.json").is_file():
+        folder = folder / "unet"
+    try:
+        return unet_class(folder).from_pretrained(str(folder), use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{setting} {folder}: no UNet can be loaded from it: {what}") from None
+
+
 def unet_class(path: str | os.PathLike, **options) -> type[UNet]:
     """Which kind of UNet a folder or Hub id holds; diffusers' own where its config.json does not say.
 

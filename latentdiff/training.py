@@ -133,7 +133,7 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
         scheduler = ConsistencyScheduler.from_config(
             scheduler.config, original_inference_steps=config.consistency_steps
         )
-        if config.consistency == "distillation" and len(config.consistency_guidance) == 2:
+        if config.has_teacher and len(config.consistency_guidance) == 2:
             add_guidance_input(unet)
     if isinstance(unet, MPUNet2DConditionModel):
         _settle_schedule(unet, scheduler)

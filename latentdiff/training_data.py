@@ -90,7 +90,7 @@ def load_data(
 
 
 def _guidance_range(config: TrainConfig) -> tuple[float, float] | None:
-    if config.consistency != "distillation":
+    if not config.has_teacher:
         return None
     return min(config.consistency_guidance), max(config.consistency_guidance)
 

@@ -8,12 +8,14 @@ import torch
 
 from latentdiff.consistency import (
     consistency_function,
+    ddim_step,
+    ddim_trajectory,
     discretization_steps,
-    guided_ddim_step,
+    guided,
     neighbours,
     pseudo_huber,
 )
-from latentdiff.scheduling_consistency import ConsistencyScheduler
+from latentdiff.scheduling_consistency import ConsistencyScheduler, solver_timesteps
 
 SCHEDULER = ConsistencyScheduler()
 ABAR = SCHEDULER.alphas_cumprod
@@ -80,11 +82,30 @@ def test_the_teachers_step_is_diffusers_ddim(kind):
     for t in (999, 519, 39):
         to = (torch.full((3,), t), torch.full((3,), t - 20))
         with_caption, without = torch.cos(x_t + t), torch.sin(x_t - t)
-        found = guided_ddim_step(lambda *_: with_caption, lambda *_: without, scales, ABAR, kind, x_t, *to)  # noqa: B023
+        teacher = guided(lambda *_: with_caption, lambda *_: without, scales)  # noqa: B023
+        found = ddim_step(teacher, ABAR, kind, x_t, *to)
         for i, scale in enumerate(scales.tolist()):
-            guided = without[i : i + 1] + scale * (with_caption[i : i + 1] - without[i : i + 1])
-            wanted = peer.step(guided, t, x_t[i : i + 1]).prev_sample
+            output = without[i : i + 1] + scale * (with_caption[i : i + 1] - without[i : i + 1])
+            wanted = peer.step(output, t, x_t[i : i + 1]).prev_sample
             torch.testing.assert_close(found[i : i + 1], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_whole_trajectory_is_what_diffusers_draws(kind):
+    """Else the student learns other pictures than the teacher draws, or points that lie on another way to them."""
+    peer = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type=kind,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    peer.set_timesteps(8)
+    noise, grid = points(5)[0], solver_timesteps(1000, 8)
+    found, end = ddim_trajectory(lambda x, t: torch.sin(2 * x) + t.reshape(-1, 1, 1, 1) / 2000, ABAR, kind, noise, grid)
+    x_t = noise
+    for place, t in zip(reversed(range(8)), peer.timesteps, strict=True):
+        assert t == grid[place]
+        torch.testing.assert_close(found[place], x_t, rtol=1e-4, atol=1e-4)
+        x_t = peer.step(torch.sin(2 * x_t) + t / 2000, t, x_t).prev_sample
+    torch.testing.assert_close(end, x_t, rtol=1e-4, atol=1e-4)  # set_alpha_to_one: without any noise
 
 
 def test_the_loss_of_the_true_answer_vanishes_as_neighbours_come_closer():
@@ -95,8 +116,7 @@ def test_the_loss_of_the_true_answer_vanishes_as_neighbours_come_closer():
         x_t, timesteps = points(512)
         timesteps, earlier = neighbours(timesteps, 1000 // steps)
         signal, deviation = levels(timesteps)
-        ones = torch.ones(len(x_t))
-        x_s = guided_ddim_step(exact_noise, exact_noise, ones, ABAR, "epsilon", x_t, timesteps, earlier)
+        x_s = ddim_step(exact_noise, ABAR, "epsilon", x_t, timesteps, earlier)
         answers = [consistency_function(exact_end, ABAR, "sample", *at) for at in ((x_t, timesteps), (x_s, earlier))]
         found.append((answers[0] - answers[1]).square().mean().sqrt().item())
     assert found[0] < 0.02

@@ -2,16 +2,22 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from conftest import tiny_components
 from latentdiff import ConsistencyScheduler, LatentDiffPipeline
+from latentdiff.batches import Batch
 from latentdiff.config import ConfigError, TrainConfig
+from latentdiff.consistency import ddim_trajectory
+from latentdiff.distill import Teacher, TrajectoryDistillation
 from latentdiff.models import add_guidance_input
 
 DISTILL = {
@@ -38,11 +44,13 @@ def latents_of(folder: Path, kind=LatentDiffPipeline, **options) -> torch.Tensor
     return pipe(["a cat"] * 4, latents=noise, output_type="latent", **options).images
 
 
-def test_the_student_draws_in_a_step_what_the_teacher_draws_in_many(train, tiny_pipeline_folder):
+@pytest.mark.parametrize("changes", [{}, {"consistency": "trajectories"}], ids=["neighbours", "trajectories"])
+def test_the_student_draws_in_a_step_what_the_teacher_draws_in_many(train, tiny_pipeline_folder, changes):
     """Else the loss falls and nothing has been learned: the student has to be nearer to the end of the teacher's guided
     trajectories than the teacher's own first guess, and that for several guidance weights."""
     before = {name: tensor.clone() for name, tensor in trained(tiny_pipeline_folder).items()}
-    folder = train(**DISTILL, max_train_steps=120, learning_rate=4e-3, use_ema=False, consistency_steps=10)
+    changes = {**DISTILL, **changes, "learning_rate": 4e-3, "use_ema": False, "consistency_steps": 10}
+    folder = train(**changes, max_train_steps=120)
     after = trained(tiny_pipeline_folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
     for scale in (1.5, 7.0):
@@ -70,9 +78,10 @@ def test_a_finished_folder_is_drawn_with_as_a_consistency_model(train):
     [
         {"consistency": "distillation"},
         {"consistency": "distillation", "consistency_guidance": (4.0,), "lora_rank": 2},
+        {"consistency": "trajectories", "consistency_steps": 4, "gradient_accumulation_steps": 2},
         {"consistency": "training", "consistency_steps": 20, "caption_dropout": 0.3},
     ],
-    ids=["distillation", "LoRA", "training"],
+    ids=["distillation", "LoRA", "trajectories", "training"],
 )
 def test_a_run_goes_on_to_the_last_bit(train, tmp_path, changes):
     """Else a resume draws other guidance weights, or starts the division of the noise levels again."""
@@ -143,6 +152,52 @@ def test_the_teacher_may_be_another_network(train, tiny_pipeline_folder, tmp_pat
             assert losses(train(**fixed, **named)) != own
 
 
+def test_the_student_of_trajectories_answers_with_their_ends(settings, tiny_pipeline_folder):
+    """Else it learns to point elsewhere: a network that knows every end and every way there has no loss, in each of the
+    things that a network may put out; and one that is wrong by one number has the square of it."""
+    accelerator = Accelerator(cpu=True)
+    teacher = LatentDiffPipeline.from_pretrained(tiny_pipeline_folder).unet.requires_grad_(False)
+    width, generator = teacher.config.cross_attention_dim, torch.Generator().manual_seed(0)
+    captions, empty = torch.randn(3, 8, width, generator=generator), torch.randn(1, 8, width, generator=generator)
+    latents, noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
+    batch = Batch(latents, noise, torch.zeros(3), captions, None, guidance_scales=torch.tensor([1.0, 2.0, 5.0]))
+    for kind in ("epsilon", "v_prediction", "sample"):
+        scheduler = ConsistencyScheduler(original_inference_steps=4, prediction_type=kind)
+        abar = scheduler.alphas_cumprod
+        taught = Teacher(teacher, "epsilon", None, empty)
+        objective = TrajectoryDistillation(scheduler, taught, accelerator, guidance_width=None)
+        grid = [249, 499, 749, 999]
+        with torch.no_grad():
+            points, end = ddim_trajectory(taught.of(batch), abar, "epsilon", noise, grid)
+
+        def student(x_t, timesteps, text, off=0.0):
+            assert torch.equal(text, captions.repeat(4, 1, 1)) and torch.equal(x_t, points.flatten(0, 1))  # noqa: B023
+            assert timesteps.tolist() == [t for t in grid for _ in range(3)]  # noqa: B023
+            a, s = abar[timesteps].sqrt().reshape(-1, 1, 1, 1), (1 - abar[timesteps]).sqrt().reshape(-1, 1, 1, 1)  # noqa: B023
+            ends = end.repeat(4, 1, 1, 1)  # noqa: B023
+            found = {"epsilon": (x_t - a * ends) / s, "sample": ends, "v_prediction": (a * x_t - ends) / s}
+            return SimpleNamespace(sample=found[kind] + off)  # noqa: B023
+
+        assert objective(student, batch, 0).max() < 1e-6
+        wrong = objective(partial(student, off=0.5), batch, 0)
+        torch.testing.assert_close(wrong, torch.full((3,), 0.25), rtol=1e-3, atol=1e-3)
+
+
+def test_a_guide_unet_leads_the_teacher(train, tiny_pipeline_folder, tmp_path):
+    """Else it is read and not used. Where teacher and guide are the same network there is nothing to lead away from,
+    whatever the weight, and a guide that cannot be one is refused."""
+
+    def loss(guidance, **changes):
+        changes = {**DISTILL, "consistency_guidance": (guidance,), "max_train_steps": 1, **changes}
+        return losses(train(**changes, output_dir=str(tmp_path / "run")))[0]
+
+    plain, guide = loss(1.0), str(tiny_pipeline_folder)
+    assert loss(3.0) != pytest.approx(plain, rel=1e-3)
+    assert loss(3.0, consistency_guide_unet=guide) == pytest.approx(plain, rel=1e-3)
+    with pytest.raises(ConfigError, match="consistency_guide_unet: .*nowhere"):
+        loss(3.0, consistency_guide_unet=str(tmp_path / "nowhere"))
+
+
 def test_a_guidance_input_changes_nothing_until_it_is_trained():
     """Else the student does not begin as the teacher."""
     unet, text = tiny_components()["unet"], torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -162,6 +217,9 @@ def test_a_guidance_input_changes_nothing_until_it_is_trained():
         ({"consistency_steps": 20}, "consistency_steps: has no effect"),
         ({"consistency": "distillation"}, "consistency: 'distillation' of new weights"),
         ({"consistency": "training", "consistency_guidance": (2.0,)}, "consistency_guidance: has no effect"),
+        ({"consistency_guide_unet": "x"}, "consistency_guide_unet: has no effect"),
+        ({"consistency": "trajectories"}, "consistency: 'trajectories' of new weights"),
+        ({"consistency": "training", "consistency_guide_unet": "x"}, "consistency_guide_unet: has no effect"),
         ({"consistency": "training", "consistency_teacher": "x"}, "consistency_teacher: has no effect"),
         ({"consistency": "training", "snr_gamma": 5.0}, "snr_gamma: weighs"),
         ({"consistency": "training", "consistency_steps": 5}, "consistency_steps: 5"),
