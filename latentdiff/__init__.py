@@ -3,25 +3,28 @@
 import importlib
 
 __version__ = "0.1.0"
-__all__ = [
-    "ConsistencyScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "LatentDiffImg2ImgPipeline",
-    "LatentDiffInpaintPipeline",
-    "LatentDiffInterpolatePipeline",
-    "LatentDiffInversionPipeline",
-    "LatentDiffPipeline",
-    "MPUNet2DConditionModel",
-]
+
+# The module of each. Those of "public" are loaded together; who only draws does without the rest.
+_MODULES = {
+    "ConsistencyScheduler": "public",
+    "DDIMScheduler": "public",
+    "DDPMScheduler": "public",
+    "LatentDiffImg2ImgPipeline": "pipelines.img2img",
+    "LatentDiffInpaintPipeline": "pipelines.inpaint",
+    "LatentDiffInterpolatePipeline": "pipelines.interpolate",
+    "LatentDiffInversionPipeline": "pipelines.invert",
+    "LatentDiffPipeline": "public",
+    "MPUNet2DConditionModel": "public",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> type:
-    """All classes at the first use of any: what they need takes seconds to load, which `latentdiff --help` has not."""
-    if name not in __all__:
+    """A class when it is first used: what it needs takes seconds to load, which `latentdiff --help` has not."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public = importlib.import_module(".public", __name__)
-    globals().update({each: getattr(public, each) for each in __all__})
+    importlib.import_module(".public", __name__)
+    globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     return globals()[name]
 
 

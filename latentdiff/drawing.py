@@ -15,13 +15,11 @@ from tqdm.auto import tqdm
 from .config import ConfigError
 from .images import crop_box, open_upright, resized
 from .loading import Networks, make_scheduler
-from .public import (
-    LatentDiffImg2ImgPipeline,
-    LatentDiffInpaintPipeline,
-    LatentDiffInterpolatePipeline,
-    LatentDiffInversionPipeline,
-    LatentDiffPipeline,
-)
+from .pipelines.img2img import LatentDiffImg2ImgPipeline
+from .pipelines.inpaint import LatentDiffInpaintPipeline
+from .pipelines.interpolate import LatentDiffInterpolatePipeline
+from .pipelines.invert import LatentDiffInversionPipeline
+from .public import LatentDiffPipeline
 from .recipe import Recipe
 
 PIPELINES = {

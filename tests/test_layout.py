@@ -64,7 +64,7 @@ ALLOWED = {
         "scheduling_ddim",
         "scheduling_ddpm",
     },
-    "drawing": {"config", "images", "loading", "public", "recipe"},
+    "drawing": {"config", "images", "loading", "pipelines", "public", "recipe"},
     "animation": {"config", "grid"},
     "bound_terms": {"noise_schedule", "scheduling_ddpm"},
     "bounds": set(),
