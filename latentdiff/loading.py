@@ -179,35 +179,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def usual_drawing(pipeline: LatentDiffPipeline, scheduler: type[SchedulerMixin] | None = None) -> tuple[int, float]:
-    """(steps, guidance scale) where nobody says any.
-
-    A consistency model needs 4 steps. Its teacher's guidance is inside it: if its weight is no input of the UNet, more
-    of it would burn the pictures out.
-
-    Args:
-        scheduler: that is drawn with; by default the pipeline's.
-    """
-    if not issubclass(scheduler or type(pipeline.scheduler), ConsistencyScheduler):
-        return 50, 7.5
-    steps = min(4, pipeline.scheduler.config.get("original_inference_steps", 4))
-    return steps, 1.0 if getattr(pipeline.unet.config, "time_cond_proj_dim", None) is None else 7.5
-
-
-def chosen_drawing(
-    pipeline: LatentDiffPipeline,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    scheduler: type[SchedulerMixin] | None = None,
-) -> tuple[int, float]:
-    """(steps, guidance scale) as somebody says, and what they leave open as `usual_drawing` has it."""
-    steps, usual_scale = usual_drawing(pipeline, scheduler)
-    return (
-        steps if num_inference_steps is None else num_inference_steps,
-        usual_scale if guidance_scale is None else guidance_scale,
-    )
-
-
 def scheduler_class(networks: Networks, name: str) -> type[SchedulerMixin]:
     """The class that a recipe names: one that the command line offers, or the checkpoint's own.
 

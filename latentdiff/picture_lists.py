@@ -16,7 +16,7 @@ from .cli_base import Drawing
 from .config import ConfigError
 from .drawing import draw_recipes, open_input
 from .grid import labelled_grid
-from .loading import SCHEDULERS, Networks, chosen_drawing, load_networks
+from .loading import SCHEDULERS, Networks, load_networks
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png, write_whole
 from .scheduling_consistency import ConsistencyScheduler
 
@@ -122,7 +122,7 @@ def picture_recipe(command: Drawing, networks: Networks, **values: Any) -> Recip
     scheduler = SCHEDULERS[command.scheduler] if command.scheduler else type(networks.own_scheduler)
     common = {"prompt": "", "seed": command.seed, "scheduler": scheduler.__name__}
     asked = (command.num_inference_steps, command.guidance_scale)
-    steps, guidance_scale = chosen_drawing(networks.pipeline, *asked, scheduler)
+    steps, guidance_scale = networks.pipeline.usual_drawing(*asked, scheduler)
     if command.negative_prompt and guidance_scale <= 1:
         raise ConfigError(f"--negative-prompt: has no effect at guidance scale {guidance_scale:g}")
     if command.negative_prompt and networks.pipeline._guidance_embedding_dim is not None:

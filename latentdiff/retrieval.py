@@ -22,7 +22,6 @@ from .cli_base import Command
 from .config import ConfigError
 from .drawing import draw_pictures
 from .feature_networks import FeatureNetwork, extract_features
-from .loading import chosen_drawing
 from .recipe import write_whole
 
 
@@ -38,7 +37,7 @@ class DrawSettings:
     @classmethod
     def of(cls, command: Command, pipeline: Any) -> "DrawSettings":
         """As a command says, and where it says nothing as the pipeline draws well."""
-        steps, guidance_scale = chosen_drawing(pipeline, command.num_inference_steps, command.guidance_scale)
+        steps, guidance_scale = pipeline.usual_drawing(command.num_inference_steps, command.guidance_scale)
         return cls(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,

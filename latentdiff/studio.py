@@ -22,7 +22,7 @@ from PIL import Image
 from . import __version__
 from .drawing import pipeline_of
 from .images import FORMATS, crop_box, resized, upright_rgb
-from .loading import SCHEDULERS, Networks, usual_drawing
+from .loading import SCHEDULERS, Networks
 from .noise_schedule import predict_x0_and_epsilon
 from .recipe import Recipe, file_ingredient
 from .scheduling_consistency import ConsistencyScheduler
@@ -137,7 +137,7 @@ class Studio:
         pipeline = self.networks.pipeline
         if not isinstance(pipeline.scheduler, ConsistencyScheduler):
             return Usual("ddim", Settings.num_inference_steps, Settings.guidance_scale, False)
-        steps, guidance_scale = usual_drawing(pipeline)
+        steps, guidance_scale = pipeline.usual_drawing()
         return Usual("lcm", steps, min(guidance_scale, Settings.guidance_scale), True)
 
     def text_to_image(self, settings: Settings, stop: threading.Event, previews: bool = True) -> Progress:

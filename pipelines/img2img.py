@@ -31,10 +31,10 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
         prompt: str | list[str] | None = None,
         image: PipelineImageInput = None,
         strength: float = 0.8,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: GuidanceScale = 7.5,
+        guidance_scale: GuidanceScale | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -77,6 +77,7 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
         self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )

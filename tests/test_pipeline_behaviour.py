@@ -11,7 +11,13 @@ import torch
 from PIL import Image
 
 from conftest import tiny_components
-from latentdiff import LatentDiffImg2ImgPipeline, LatentDiffInpaintPipeline, LatentDiffPipeline
+from latentdiff import (
+    ConsistencyScheduler,
+    LatentDiffImg2ImgPipeline,
+    LatentDiffInpaintPipeline,
+    LatentDiffPipeline,
+)
+from latentdiff.models import add_guidance_input
 
 STEPS = 3
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
@@ -266,3 +272,27 @@ def test_vae_tiling(pipe, subject, draw):
     tiled = draw(pipe, **larger)
     assert tiled.shape == whole.shape == (1, 3, 32, 32) and not torch.equal(tiled, whole)
     assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("kind", [ConsistencyScheduler, diffusers.LCMScheduler], ids=["ours", "diffusers"])
+@pytest.mark.parametrize("original_steps, takes_guidance, usual", [(8, False, 1.0), (2, False, 1.0), (8, True, 7.5)])
+def test_a_consistency_model_is_drawn_with_as_it_wants(subject, kind, original_steps, takes_guidance, usual):
+    """Else a call that says nothing is refused for fifty steps, or guides what is guided already."""
+    pipe = subject.build()
+    if takes_guidance:
+        add_guidance_input(pipe.unet)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, original_inference_steps=original_steps)
+    said = {"num_inference_steps": min(4, original_steps), "guidance_scale": usual}
+    one, other = (
+        pipe("a cat", generator=seeded(), output_type="pt", **subject.arguments, **how).images for how in ({}, said)
+    )
+    assert torch.equal(one, other) and pipe.guidance_scale == usual
+    assert pipe.num_timesteps == min(4, original_steps)
+
+
+def test_any_other_model_is_drawn_with_as_in_diffusers(subject):
+    """Else the same line of code draws another picture than there."""
+    pipe = subject.build()
+    assert pipe.usual_drawing() == (50, 7.5) and pipe.usual_drawing(3, 1.0) == (3, 1.0)
+    pipe("a cat", output_type="latent", **subject.arguments)
+    assert pipe.num_timesteps == 50 and pipe.guidance_scale == 7.5

@@ -110,10 +110,10 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         width: int | None = None,
         padding_mask_crop: int | None = None,
         strength: float = 1.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: GuidanceScale = 7.5,
+        guidance_scale: GuidanceScale | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -167,6 +167,7 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
         self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )

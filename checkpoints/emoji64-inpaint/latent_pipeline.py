@@ -19,15 +19,17 @@ from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from diffusers.schedulers import SchedulerMixin
+from diffusers.schedulers import LCMScheduler, SchedulerMixin
 from diffusers.utils import logging
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from .guidance import GuidanceScale
 from .guided_sampling import GuidedSampling
 from .portable_saving import PortableSaving, adopt_scheduler
 from .prompt_embedding import PromptEmbedding
 from .posthoc_ema import reconstructions, snapshots_folder
+from .scheduling_consistency import ConsistencyScheduler
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +101,29 @@ class LatentPipeline(
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def usual_drawing(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: GuidanceScale | None = None,
+        scheduler: type[SchedulerMixin] | None = None,
+    ) -> tuple[int, GuidanceScale]:
+        """(steps, guidance weight) as given, and where one is not, what suits the model: 50 and 7.5.
+
+        A consistency model needs 4 steps. Its teacher's guidance is inside it, so that more would burn the pictures
+        out, unless the weight is an input of the UNet.
+
+        Args:
+            scheduler: that is drawn with; by default the pipeline's.
+        """
+        steps, scale = 50, 7.5
+        if issubclass(scheduler or type(self.scheduler), ConsistencyScheduler | LCMScheduler):
+            steps = min(4, self.scheduler.config.get("original_inference_steps", 4))
+            scale = 1.0 if self._guidance_embedding_dim is None else scale
+        return (
+            steps if num_inference_steps is None else num_inference_steps,
+            scale if guidance_scale is None else guidance_scale,
+        )
 
     @classmethod
     def from_pretrained(

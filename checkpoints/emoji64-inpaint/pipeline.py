@@ -27,10 +27,10 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: GuidanceScale = 7.5,
+        guidance_scale: GuidanceScale | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -60,9 +60,11 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
         Args:
             prompt: one prompt or a list of B; or give `prompt_embeds` (B, tokens, width) instead.
             height, width: in pixels, multiples of the VAE's factor; by default the size the UNet was trained at.
-            num_inference_steps: denoising steps; `timesteps` or `sigmas` set them one by one where the scheduler can.
-            guidance_scale: w in e_u + w (e_c - e_u), or a function that gives w for a noise level sigma. Where it is 1
-                or below there is no unconditional pass. A UNet with `time_cond_proj_dim` takes w as an input instead.
+            num_inference_steps: denoising steps, by default as `usual_drawing` has it; `timesteps` or `sigmas` set them
+                one by one where the scheduler can.
+            guidance_scale: w in e_u + w (e_c - e_u), by default as `usual_drawing` has it, or a function that gives w
+                for a noise level sigma. Where it is 1 or below there is no unconditional pass. A UNet with
+                `time_cond_proj_dim` takes w as an input instead.
             negative_prompt: what guidance leads away from, one for all or B; or `negative_prompt_embeds`.
             num_images_per_prompt: pictures for each prompt, side by side in the result.
             eta: DDIM's eta in [0, 1]; other schedulers do not use it.
@@ -94,6 +96,7 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
         self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )

@@ -93,10 +93,10 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
         num_frames: int = 16,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: GuidanceScale = 7.5,
+        guidance_scale: GuidanceScale | None = None,
         negative_prompt: str | list[str] | None = None,
         eta: float = 0.0,
         latents: torch.Tensor | None = None,
@@ -145,6 +145,7 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
         self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         guidance = (
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )  # fmt: skip
