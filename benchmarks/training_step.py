@@ -8,6 +8,7 @@ large matrix product takes its turn, too, and says which share of that rate the 
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 
 import torch
@@ -110,11 +111,17 @@ class Steps:
     def __init__(self, accelerator, unet, optimizer, scheduler: DDPMScheduler, parts, pictures, batch: int):
         self._accelerator, self._unet, self._optimizer = accelerator, unet, optimizer
         self._scheduler, self._parts, self._pictures, self._batch = scheduler, parts, pictures, batch
-        self._ema = EMA(unet, 0.999)
-        self._their_ema = EMAModel(unet.parameters(), decay=0.999)
         size, device = unet.config.sample_size, accelerator.device
         self._latents = torch.randn(batch, unet.config.in_channels, size, size, device=device)
         self._hidden = encode_prompt(parts, [""] * batch).to(device)
+
+    @cached_property
+    def _ema(self) -> EMA:
+        return EMA(self._unet, 0.999)
+
+    @cached_property
+    def _their_ema(self) -> EMAModel:
+        return EMAModel(self._unet.parameters(), decay=0.999)
 
     def _update(self, latents, noise, timesteps, hidden) -> None:
         noisy = self._scheduler.add_noise(latents, noise, timesteps)

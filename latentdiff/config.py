@@ -203,6 +203,8 @@ class TrainConfig:
     beside them; they reach 0.03 to 0.25 to a few percent of the profile, and shorter widths need more snapshots."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the UNet's forward pass; weights, losses and averages stay in fp32."""
+    dynamo_backend: str | None = None
+    """Compile the UNet's blocks with this backend of torch.compile, such as inductor, which takes its time at first."""
 
     # ---- results
     output_dir: str = "runs/emoji64"

@@ -15,13 +15,17 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import ConfigError
-from .mp_unet import SCHEDULE_SETTINGS, MPUNet2DConditionModel
+from .mp_unet import SCHEDULE_SETTINGS, MPBlock, MPUNet2DConditionModel
 
 logger = logging.getLogger(__name__)
+
+_COMPILED = (ResnetBlock2D, BasicTransformerBlock, MPBlock)
 
 # Text reaches the UNet twice: by cross-attention, and pooled into the time embedding (addition_embed_type="text"),
 # which makes a small UNet follow words long before cross-attention alone does. Attention stands at the middle grid
@@ -280,6 +284,25 @@ def widen_input(unet: UNet, in_channels: int) -> None:
         new.bias.copy_(old.bias)
     unet.conv_in = new
     unet.register_to_config(in_channels=in_channels)
+
+
+def compile_blocks(unet: UNet, backend: str) -> None:
+    """torch.compile the residual and the transformer blocks, each in place, when they are first run.
+
+    Nearly all of a UNet's work is in them, they are compiled in a fraction of the time that the whole takes, and names
+    of weights stay as they are. Validation, which has other batches, runs them as they were.
+
+    Raises:
+        ConfigError: torch has no such backend here.
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise ConfigError(f"dynamo_backend: {backend!r} is not to be had here; it may be {known}")
+    blocks = [block for block in unet.modules() if isinstance(block, _COMPILED)]
+    # One code for all blocks of a kind, compiled anew for each shape: torch would give up after eight.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(blocks))
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
 
 
 def add_guidance_input(unet: UNet, width: int = 256) -> None:

@@ -28,6 +28,7 @@ from .models import (
     UNetWithTextEncoder,
     add_guidance_input,
     build_unet,
+    compile_blocks,
     hide_loading_bars,
     load_frozen,
     load_unet,
@@ -144,6 +145,8 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
         parts = with_trained_text_encoder(parts, config.gradient_checkpointing)
     if config.lora_rank is not None:
         add_lora(unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
+    if config.dynamo_backend is not None:
+        compile_blocks(unet, config.dynamo_backend)
     return parts, unet, scheduler
 
 
@@ -372,7 +375,8 @@ class Validation:
         """
         if not (self._accelerator.is_main_process or is_sharded(model)):
             return
-        with self._ema.swapped_into(model) if self._ema else nullcontext(), parts_put_back(model):
+        swapped = self._ema.swapped_into(model) if self._ema else nullcontext()
+        with swapped, parts_put_back(model), torch.compiler.set_stance("force_eager"):
             if self._held_out_loss.pictures and self._config.consistency is None:  # it is no denoising loss
                 self._measure(model, done)
             if self._draws and done:  # before the first step there is nothing to see

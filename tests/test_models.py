@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from conftest import tiny_components
 from latentdiff.config import ConfigError
@@ -223,3 +225,24 @@ def test_the_attention_mask_is_given_where_an_encoder_asks_for_it():
     expected = masked.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     assert torch.equal(encode_prompt(masked, ["cat"]), expected.detach())
     assert not torch.equal(encode_prompt(masked, ["cat"])[:, -1], encode_prompt(plain, ["cat"])[:, -1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"gradient_checkpointing": True}], ids=str)
+def test_compiled_blocks_train_the_same_and_are_saved_the_same(train, tmp_path, changes):
+    """Else the option is taken and nothing is compiled, or what it trains cannot be loaded."""
+    found = []
+    for backend in (None, "aot_eager"):
+        torch._dynamo.reset()
+        counters.clear()
+        folder = train(**changes, dynamo_backend=backend, output_dir=str(tmp_path / str(backend)))
+        assert (counters["stats"]["unique_graphs"] > 1) == (backend is not None)
+        file = next(folder.glob("*lora*.safetensors"), folder / "unet" / "diffusion_pytorch_model.safetensors")
+        found.append(load_file(file))
+    assert found[0].keys() == found[1].keys()
+    for name, weights in found[0].items():
+        torch.testing.assert_close(found[1][name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_backend_of_compilation_is_refused(train):
+    with pytest.raises(ConfigError, match="dynamo_backend: 'inductr' is not to be had here; it may be .*inductor"):
+        train(dynamo_backend="inductr")
