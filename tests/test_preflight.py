@@ -85,6 +85,14 @@ def test_warnings_and_their_count(settings, tmp_path, monkeypatch):
     assert len(warnings) == 4 and lines[-1] == "it can train; 4 warnings above"  # the fourth is the random VAE
 
 
+@pytest.mark.parametrize("precision, has, warned", [("bf16", False, True), ("bf16", True, False), ("no", False, False)])
+def test_a_precision_that_the_processor_lacks_is_named(settings, monkeypatch, precision, has, warned):
+    """Else a run that was meant to be faster takes days."""
+    monkeypatch.setitem(preflight.SLOW_ON_CPUS, "bf16", lambda: has)
+    lines = said(settings, mixed_precision=precision)
+    assert any("mixed_precision bf16: this processor has no instructions" in text for text in lines) == warned
+
+
 def test_the_psnr_is_that_of_the_pictures(settings, monkeypatch):
     """A VAE that gives back grey has a PSNR that can be computed by hand."""
     monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: SimpleNamespace(sample=torch.zeros(len(z), 3, 16, 16)))
