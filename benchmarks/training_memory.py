@@ -18,15 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from training_step import Steps
+from training_step import Steps, draw_noise
 
 from latentdiff.cli_errors import run_cli
 from latentdiff.config import TrainConfig
-from latentdiff.optimizers import make_optimizer
 from latentdiff.training import load_networks, make_output_dir
 from latentdiff.training_data import load_data
 
@@ -68,14 +65,6 @@ def main(settings: Settings) -> None:
             print(f"| {resolution} | {batch} | {' | '.join(cells)} |", flush=True)
 
 
-def draw_noise(folder: Path, resolution: int, count: int) -> None:
-    """Pictures with a caption each."""
-    random = np.random.default_rng(0)
-    for i in range(count):
-        Image.fromarray(random.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
-
-
 def in_a_process(settings: Settings, way: str, resolution: int, batch: int, folder: str) -> tuple[float, float]:
     """Peak bytes, and seconds of a step."""
     child = [sys.executable, __file__, "--way", way, "--folder", folder, "--resolutions", str(resolution)]
@@ -101,9 +90,8 @@ def measure(settings: Settings) -> tuple[float, float]:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     parts, unet, scheduler = load_networks(config)
     unet = accelerator.prepare(unet)
-    optimizer = make_optimizer(config, unet)
     data = load_data(config, accelerator, parts, unet, scheduler)
-    step = Steps(accelerator, unet, optimizer, scheduler, parts, data.pictures, batch)
+    step = Steps(accelerator, unet, scheduler, parts, data.pictures, config)
     take = (lambda i: step.ours(data.batches, i)) if settings.way == "latentdiff" else step.diffusers
     take(0)
     reset_peak(accelerator.device)
