@@ -1,18 +1,19 @@
 """Seconds per picture, side by side in one run:
 
     python benchmarks/sampling_speed.py                              # the shipped checkpoint's shapes
-    python benchmarks/sampling_speed.py --shapes sd15 --num-inference-steps 2 --turns 3 --batch-sizes 1
+    python benchmarks/sampling_speed.py --shapes sd15 --only-overhead     # on a CPU, where 50 steps take half an hour
     python benchmarks/sampling_speed.py --shapes sd15 --dtype fp16 --num-inference-steps 25   # on a GPU
 
 Three ways with the same weights, steps and guidance take turns, so that what else the machine does hits all alike: the
 bare calls of UNet and VAE decoder that a picture needs, which are the limit; diffusers' StableDiffusionPipeline; and
 LatentDiffPipeline. Ratios are of neighbouring turns: their median, with the lowest and the highest. What a pipeline
-adds to its networks is measured alone, too, with a UNet and a decoder that answer zeros at once.
+adds to its networks is measured alone, too, with a UNet and a decoder that answer zeros at once, and compared with what
+the networks themselves take, a single call of each times the number of steps.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -47,6 +48,8 @@ class Settings:
     """Of each way, after one that warms up."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of the networks."""
+    only_overhead: bool = False
+    """Leave out whole drawings: a pipeline's cost beside its networks, for one picture."""
     channels_last: bool = False
     """Memory layout of UNet and VAE, of all three ways."""
     output: Path | None = None
@@ -70,18 +73,19 @@ def main(settings: Settings) -> None:
         "| pictures at a time | LatentDiffPipeline, s a picture | / bare UNet and VAE | / StableDiffusionPipeline |",
         "| --- | --- | --- | --- |",
     ]
-    for batch_size in settings.batch_sizes:
+    for batch_size in () if settings.only_overhead else settings.batch_sizes:
         found = measure(settings, pipeline, peer, batch_size)
         ours = found["ours"]
         ratios = [[a / b for a, b in zip(ours, found[name], strict=True)] for name in ("bare", "peer")]
         cells = [f"{median(each):.3f} ({min(each):.3f} … {max(each):.3f})" for each in ratios]
         lines.append(f"| {batch_size} | {median(ours) / batch_size:.3f} | {' | '.join(cells)} |")
         print("\n".join(lines) if len(lines) == 5 else lines[-1], flush=True)
-    alone = [1000 * overhead(settings, pipe) for pipe in (pipeline, peer)]
-    lines += [
-        "",
-        "Without what UNet and decoder take: {:.0f} ms a call, StableDiffusionPipeline {:.0f} ms.".format(*alone),
-    ]
+    networks = network_seconds(settings, pipeline)
+    lines += ["", f"One picture: UNet and decoder take {networks:.2f} s. Beside them"]
+    for pipe in (pipeline, peer):
+        seconds = overhead(settings, pipe)
+        lines[-1] += f" {type(pipe).__name__} takes {1000 * seconds:.0f} ms ({seconds / networks:.2%}),"
+    lines[-1] = lines[-1].removesuffix(",") + "."
     print(lines[-1])
     if settings.output is not None:
         write_whole(settings.output, ("\n".join(lines) + "\n").encode())
@@ -156,6 +160,23 @@ def overhead(settings: Settings, pipe: LatentDiffPipeline | StableDiffusionPipel
             _wait(pipe.device)
             found.append(time.process_time() - started)
     return min(found)
+
+
+def network_seconds(settings: Settings, pipeline: LatentDiffPipeline) -> float:
+    """Seconds that UNet and decoder take for one picture, from the quickest call of each."""
+    one = replace(settings, num_inference_steps=1)
+    found = []
+    for steps in (one, replace(one, num_inference_steps=0)):
+        seconds = []
+        for _ in range(3):
+            _wait(pipeline.device)
+            started = time.perf_counter()
+            bare(steps, pipeline, batch_size=1)
+            _wait(pipeline.device)
+            seconds.append(time.perf_counter() - started)
+        found.append(min(seconds))
+    with_step, decoder = found
+    return decoder + settings.num_inference_steps * (with_step - decoder)
 
 
 @torch.no_grad()

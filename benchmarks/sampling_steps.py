@@ -191,8 +191,11 @@ def make_row(settings: Settings, networks: Networks, judge: Judge, name: str, se
 def shared_recipe(settings: Settings, networks: Networks, row: Row, seed: int) -> Recipe:
     """What all pictures of a row have in common, with the first one's seed."""
     given = {name: value for name, value in vars(row).items() if name != "autoguidance" and value is not None}
+    usual = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    if row.scheduler == "lcm" and networks.pipeline.usual_drawing()[1] == 1.0:  # its guidance is inside it
+        usual["guidance_scale"] = 1.0
     command = Drawing(
-        **{"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale, **given},
+        **{**usual, **given},
         checkpoint=settings.checkpoint,
         seed=seed * SEEDS_APART,
         batch_size=settings.batch_size,
