@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/training_step.py
+	$(VENV)/bin/python benchmarks/everything.py
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -22,7 +22,13 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def draw(checkpoint: str, prompts: tuple[str, ...], grid: Path, folder: Path | None = None) -> None:
+def draw(
+    checkpoint: str,
+    prompts: tuple[str, ...],
+    grid: Path,
+    folder: Path | None = None,
+    guidance_scale: float | None = GUIDANCE_SCALE,
+) -> None:
     """A labelled grid of the prompts, and each picture in `folder`; says where they are."""
     generate(
         Generate(
@@ -31,7 +37,7 @@ def draw(checkpoint: str, prompts: tuple[str, ...], grid: Path, folder: Path | N
             grid=grid,
             output_dir=folder,
             columns=5,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=guidance_scale,
             overwrite=True,
         )
     )

@@ -5,6 +5,7 @@ import os
 import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -141,13 +142,19 @@ def training_command(settings: dict) -> str:
     return shlex.join(["accelerate", "launch", "train_text2img.py", *words])
 
 
-def few_steps_call(config: TrainConfig) -> dict[str, object]:
-    """What is passed to a call that draws with a consistency model: where guidance is for good inside it, none more."""
-    if config.consistency is None:
-        return {}
-    is_fixed = config.has_teacher and len(config.consistency_guidance) == 1
-    guidance = 1.0 if is_fixed else config.validation_guidance_scale
+def drawn_with(config: TrainConfig) -> dict[str, Any]:
+    """Steps and guidance of a run's pictures: where a teacher's guidance is for good inside the UNet, none more."""
+    is_inside = config.has_teacher and len(config.consistency_guidance) == 1
+    guidance = 1.0 if is_inside else config.validation_guidance_scale
     return {"num_inference_steps": config.validation_inference_steps, "guidance_scale": guidance}
+
+
+def sampler_of(config: TrainConfig, num_inference_steps: int, guidance_scale: float) -> str:
+    """In words, for a card."""
+    sampler = "DDIM" if config.consistency is None else "Multistep consistency sampling"
+    is_inside = config.has_teacher and guidance_scale == 1.0
+    guidance = "guidance inside it" if is_inside else f"guidance {guidance_scale:g}"
+    return f"{sampler}, {num_inference_steps} steps, {guidance}."
 
 
 def _write_card(config: TrainConfig) -> None:
@@ -161,7 +168,6 @@ def _write_card(config: TrainConfig) -> None:
     kind = "inpainting model: it paints what a mask leaves open, after words" if inpaints else "text-to-image model"
     if config.consistency is not None:
         kind += " that draws in one to eight steps (a latent consistency model)"
-    sampler = "DDIM" if config.consistency is None else "Multistep consistency sampling"
     what_is_drawn = "masked, drawn, and as it was" if inpaints else "; ".join(config.validation_prompts)
     model_card(
         repo_name(config),
@@ -175,10 +181,10 @@ def _write_card(config: TrainConfig) -> None:
         samples={str(pictures[-1].relative_to(folder)): what_is_drawn} if pictures else None,
         prompt=next(iter(config.validation_prompts), "a cat"),
         training_command=training_command(asdict(config)),
-        sampler=f"{sampler}, {config.validation_inference_steps} steps, guidance {config.validation_guidance_scale}.",
+        sampler=sampler_of(config, **drawn_with(config)),
         data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,
-        call=few_steps_call(config),
+        call=None if config.consistency is None else drawn_with(config),
         draws_in_few_steps=config.consistency is not None,
         datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
     ).save(folder / "README.md")

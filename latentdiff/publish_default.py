@@ -16,18 +16,16 @@ import tyro
 from . import emoji
 from .cli_errors import run_cli
 from .config import ConfigError, TrainConfig, packaged_checkpoint
-from .demo import PROMPTS, draw
+from .demo import GUIDANCE_SCALE, PROMPTS, draw
 from .ema_sweep import SWEEP
 from .evaluation_report import CURVE, NUMBERS, read_numbers, rows
-from .finishing import few_steps_call, training_command
+from .finishing import drawn_with, sampler_of, training_command
 from .hub import model_card
 from .pipelines.portable_saving import write_code
 from .presets import read_config
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 MEASURES = {"retrieval": "retrieval.json", "backgrounds": "backgrounds.json", "inpainting": "inpainting.json"}
-SAMPLER = "Samples: DDIM, 50 steps, guidance 4. Each measure names its own."
-FEW_STEPS_SAMPLER = "Samples: multistep consistency sampling, 4 steps, guidance 4. Each measure names its own."
 GRID, SAMPLES, CURVES, INPAINTED = "samples.png", "samples", "curves.png", "inpainting.png"
 SWEPT = f"{SWEEP}.png"
 
@@ -51,7 +49,10 @@ def main(config: PublishConfig) -> None:
     if not (run / "model_index.json").is_file():
         raise ConfigError(f"run: {config.run!r} holds no finished model")
     settings = _settings(run)
-    inpaints, is_distilled = settings["task"] == "inpaint", settings["consistency"] is not None
+    trained = TrainConfig(**settings)
+    inpaints, is_distilled = trained.task == "inpaint", trained.consistency is not None
+    how = drawn_with(trained) if is_distilled else {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
+    sampler = "" if inpaints else f"Samples: {sampler_of(trained, **how)} "
     if inpaints and not (run / INPAINTED).is_file():
         raise ConfigError(f"run: {config.run!r} has no {INPAINTED}, which benchmarks/inpainting.py draws")
     output.mkdir(parents=True, exist_ok=True)
@@ -68,11 +69,13 @@ def main(config: PublishConfig) -> None:
         output.name,
         license="cc-by-sa-4.0",
         description=f"{_description(run, settings, log, config.machine)} {config.note}".strip(),
-        samples={INPAINTED: "known, blended, drawn by this model, and as it was"} if inpaints else _samples(output),
+        samples={INPAINTED: "known, blended, drawn by this model, and as it was"}
+        if inpaints
+        else _samples(output, how["guidance_scale"]),
         inpaints=inpaints,
         training_command=training_command(settings),
-        sampler="Each measure names its own." if inpaints else FEW_STEPS_SAMPLER if is_distilled else SAMPLER,
-        call=few_steps_call(TrainConfig(**settings)),
+        sampler=f"{sampler}Each measure names its own.",
+        call=how if is_distilled else None,
         draws_in_few_steps=is_distilled,
         data=emoji.CREDITS,
         metrics=_metrics(run),
@@ -86,10 +89,10 @@ def main(config: PublishConfig) -> None:
     print(f"{output}: {size / 1e6:.1f} MB")
 
 
-def _samples(output: Path) -> dict[str, str]:
+def _samples(output: Path, guidance_scale: float) -> dict[str, str]:
     """Draw them: file -> prompt."""
     shutil.rmtree(output / SAMPLES, ignore_errors=True)
-    draw(str(output), PROMPTS, output / GRID, output / SAMPLES)
+    draw(str(output), PROMPTS, output / GRID, output / SAMPLES, guidance_scale)
     pictures = sorted((output / SAMPLES).glob("*.png"))
     return {f"{SAMPLES}/{path.name}": prompt for path, prompt in zip(pictures, PROMPTS, strict=True)}
 

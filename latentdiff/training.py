@@ -18,7 +18,7 @@ from .batches import Batch, Batches
 from .config import ConfigError, TrainConfig
 from .deepspeed_zero import is_zero, zero_plugin
 from .ema import EMA, PowerEMAs
-from .finishing import as_pipeline
+from .finishing import as_pipeline, drawn_with
 from .latents import downsampling_factor
 from .lora import add_lora
 from .losses import denoising_loss, min_snr_weight, training_target
@@ -392,11 +392,7 @@ class Validation:
         homes = [(part, part.device) for part in (self._parts.vae, self._parts.text_encoder)]
         self._parts.to(unet.device)
         pipeline = as_pipeline(self._parts, unet, self._scheduler)
-        how = {
-            "seed": self._config.seed,
-            "num_inference_steps": self._config.validation_inference_steps,
-            "guidance_scale": self._config.validation_guidance_scale,
-        }
+        how = {"seed": self._config.seed, **drawn_with(self._config)}
         with self._accelerator.autocast():
             if self._config.task == "inpaint":
                 pipeline = LatentDiffInpaintPipeline.from_pipe(pipeline)

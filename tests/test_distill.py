@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import tiny_components
@@ -101,6 +102,7 @@ def test_the_lines_of_the_model_card_draw(train, lora):
     """Else whoever copies them draws with DDIM, in fifty steps, or with guidance upon guidance."""
     folder = train(**DISTILL, max_train_steps=1, consistency_guidance=(4.0,), lora_rank=2 if lora else None)
     card = (folder / "README.md").read_text()
+    assert "Multistep consistency sampling, 4 steps, guidance inside it." in card
     for block in re.findall(r"```python\n(.*?)```", card, flags=re.S)[:2]:
         *lines, last = block.replace("path/to/this/folder", str(folder)).strip().splitlines()
         assert last == 'pipe("a cat", num_inference_steps=4, guidance_scale=1.0).images[0]'
@@ -108,6 +110,20 @@ def test_the_lines_of_the_model_card_draw(train, lora):
         exec("\n".join([*lines, "picture = " + last]), names)
         assert names["pipe"].num_timesteps == 4 and names["picture"].size == (16, 16)
         assert type(names["pipe"].scheduler).__name__ in ("ConsistencyScheduler", "LCMScheduler")
+
+
+def test_validation_draws_without_guidance_what_has_it_inside(train, monkeypatch):
+    """Else its pictures look burnt out, and nobody can tell whether the training goes well."""
+    asked = []
+
+    def draw(*_, num_inference_steps, guidance_scale, **how):
+        asked.append((num_inference_steps, guidance_scale))
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("latentdiff.training.validation_pictures", draw)
+    for guidance in ((3.0,), (1.0, 3.0)):
+        train(**DISTILL, max_train_steps=1, consistency_guidance=guidance, validation_prompts=("a cat",))
+    assert asked == [(4, 1.0), (4, TrainConfig.validation_guidance_scale)]
 
 
 def test_a_distilled_lora_is_drawn_with_by_both_libraries(train, settings):
