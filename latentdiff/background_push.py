@@ -51,8 +51,11 @@ class BackgroundPush:
         if config.push_to_hub:
             open_repo(repo_name(config), config.hub_private)
             shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+            pipeline = as_pipeline(parts, unet, scheduler)
             if not self._is_lora:
-                as_pipeline(parts, unet, scheduler).save_pretrained(self._model)
+                pipeline.save_pretrained(self._model)
+            elif config.consistency is not None:  # adapters go with the scheduler that they were distilled for
+                pipeline.scheduler.save_pretrained(self._model)
 
     def start(self, checkpoint: Path, step: int) -> None:
         """Begin to push what `checkpoint` holds."""
@@ -76,9 +79,13 @@ class BackgroundPush:
 
     def _push(self, step: int) -> None:
         try:
-            if not self._is_lora:
+            if self._is_lora:
+                folder = self._weights / "unet"
+                if self._model.is_dir():
+                    shutil.copytree(self._model, folder, dirs_exist_ok=True)
+            else:
+                folder = self._model
                 self._assemble()
-            folder = self._weights / "unet" if self._is_lora else self._model
             name, private = repo_name(self._config), self._config.hub_private
             push_folder(folder, name, private=private, commit_message=f"Step {step}")
         except PushError as error:

@@ -592,7 +592,10 @@ class AtOnce:
         """There is nothing to wait for."""
 
 
-@pytest.mark.parametrize("trained", [{}, {"lora_rank": 2}, {"train_text_encoder": True}])
+DISTILLED_LORA = {"lora_rank": 2, "consistency": "distillation", "consistency_guidance": (4.0,)}
+
+
+@pytest.mark.parametrize("trained", [{}, {"lora_rank": 2}, DISTILLED_LORA, {"train_text_encoder": True}])
 def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monkeypatch, capsys, trained):
     """A run would wait for the Hub, end when it cannot be reached, or push other weights than the average's."""
     real, steps = background_push.push_folder, []
@@ -619,6 +622,9 @@ def test_checkpoints_are_pushed_while_the_run_goes_on(hub, train, tmp_path, monk
     pushed = load(third[file])
     half = {name: tensor if lora_rank else tensor.half() for name, tensor in average.items()}
     assert all(torch.equal(pushed[name], half[name]) for name in half) and pushed.keys() == half.keys()
+    assert third.get("scheduler_config.json") == (
+        (run / "scheduler_config.json").read_bytes() if "consistency" in trained else None
+    )
     if not lora_rank:
         for name, content in third.items():
             (tmp_path / "third" / name).parent.mkdir(parents=True, exist_ok=True)
