@@ -1,9 +1,6 @@
 """latentdiff: captioned pictures in, a published text-to-image model out, on Hugging Face diffusers."""
 
-import gc
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 __version__ = "0.1.0"
 
@@ -26,22 +23,9 @@ def __getattr__(name: str) -> type:
     """A class when it is first used: what it needs takes seconds to load, which `latentdiff --help` has not."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _no_garbage_collection():
-        importlib.import_module(".public", __name__)
-        globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    importlib.import_module(".public", __name__)
+    globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     return globals()[name]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Nothing of what is imported is garbage, and to look it all through takes a fifteenth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def __dir__() -> list[str]:
