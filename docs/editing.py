@@ -18,7 +18,6 @@ from latentdiff.grid import labelled_grid
 
 SIZE = emoji.RESOLUTION
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
-GUIDANCE = 4.0
 RIM = 4  # pixels over which what is painted passes into the picture
 
 
@@ -32,6 +31,8 @@ class Settings:
     """Folder of img2img.png and inpaint.png."""
     num_inference_steps: int = 50
     """Steps from noise to picture, of which image to image takes the last ones."""
+    guidance_scale: float = 4.0
+    """Of every picture."""
     seed: int = 1
     """Of every picture."""
 
@@ -96,7 +97,7 @@ def draw_img2img(settings: Settings) -> Image.Image:
                 before,
                 strength,
                 settings.num_inference_steps,
-                guidance_scale=GUIDANCE,
+                guidance_scale=settings.guidance_scale,
                 seeds=[settings.seed],
             ).images
             labels.append(f"{prompt}, {strength}")
@@ -124,7 +125,7 @@ def draw_inpaint(settings: Settings) -> Image.Image:
                 before,
                 mask,
                 num_inference_steps=settings.num_inference_steps,
-                guidance_scale=GUIDANCE,
+                guidance_scale=settings.guidance_scale,
                 seeds=[settings.seed],
                 mask_blur=rim,
                 keep_unmasked=True,

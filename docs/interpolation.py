@@ -27,15 +27,16 @@ class Settings:
     """File of the picture."""
     num_inference_steps: int = 20
     """Steps from noise to picture."""
+    guidance_scale: float = 4.0
+    """Of every picture."""
 
 
 def main(settings: Settings) -> None:
     pipeline = LatentDiffInterpolatePipeline.from_pretrained(settings.checkpoint)
     rows = []
     for prompts, seeds in PATHS:
-        frames = pipeline(
-            prompts, seeds, COLUMNS, num_inference_steps=settings.num_inference_steps, guidance_scale=4.0
-        ).images
+        how = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+        frames = pipeline(prompts, seeds, COLUMNS, **how).images
         rows.append(strip(frames, COLUMNS, [prompts[0], *[""] * (COLUMNS - 2), prompts[1]]))
     picture = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
     top = 0
