@@ -19,9 +19,8 @@ from .consistency import (
     neighbours,
     pseudo_huber,
 )
-from .losses import denoising_loss, training_target
 from .models import UNet, freeze, load_guide_unet, load_unet
-from .noise_schedule import signal_and_noise_levels
+from .noise_schedule import predict_x0_and_epsilon, signal_and_noise_levels
 from .pipelines.guided_sampling import guidance_embedding
 from .scheduling_consistency import ConsistencyScheduler, solver_timesteps
 from .scheduling_ddpm import DDPMScheduler
@@ -142,11 +141,12 @@ class Distillation:
 
 
 class TrajectoryDistillation:
-    """The denoising loss on the teacher's own trajectories, from the batch's noise to their ends, at each of their
-    points: the noise that a point has over the end is known, and so what a network puts out that answers with the end.
+    """The student's answers at all points of the teacher's trajectories, from the batch's noise on, against their ends.
 
     No answer has to wait until those below it are learned, as in `Distillation`, and every step of the teacher gives a
-    sample (Luhman & Luhman 2021, arXiv 2101.02388, take the first point alone).
+    sample (Luhman & Luhman 2021, arXiv 2101.02388, take the first point alone). The loss is the squared error of v
+    (arXiv 2202.00512, section 4), whatever the student puts out: that of x_0 over 1 - abar. In epsilon the strongest
+    noise, which every picture is drawn from, would hardly count.
 
     Args: as `Distillation`.
     """
@@ -160,19 +160,19 @@ class TrajectoryDistillation:
 
     def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """The mean loss over each sample's trajectory (B,)."""
-        abar, kind = self._scheduler.alphas_cumprod, self._scheduler.config.prediction_type
+        abar = self._scheduler.alphas_cumprod
         with torch.no_grad(), self._autocast():
             points, end = ddim_trajectory(
                 self._teacher.of(batch), abar, self._teacher.prediction_type, batch.noise, self._grid
             )
-        x_t, ends = points.flatten(0, 1), end.repeat(len(self._grid), 1, 1, 1)
+        x_t, repeated = points.flatten(0, 1), repeat(batch, len(self._grid))
         timesteps = torch.tensor(self._grid, device=end.device).repeat_interleave(len(end))
-        signal, sigma = signal_and_noise_levels(abar, timesteps, x_t)
-        target = training_target(kind, ends, (x_t - signal * ends) / sigma, abar, timesteps)
-        repeated = repeat(batch, len(self._grid))
         text = repeated.captions if batch.encoder_hidden_states is None else repeated.encoder_hidden_states
-        answer = told(model, repeated, text, self._guidance_width)(x_t, timesteps)
-        return denoising_loss(answer, target).reshape(len(self._grid), -1).mean(dim=0)
+        output = told(model, repeated, text, self._guidance_width)(x_t, timesteps)
+        x_0, _ = predict_x0_and_epsilon(abar, output, x_t, timesteps, self._scheduler.config.prediction_type)
+        _, sigma = signal_and_noise_levels(abar, timesteps, x_t)
+        error = (x_0.unflatten(0, points.shape[:2]) - end) / sigma.unflatten(0, points.shape[:2])
+        return error.square().mean(dim=(0, 2, 3, 4))
 
 
 class ConsistencyTraining:
