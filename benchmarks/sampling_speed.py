@@ -76,8 +76,7 @@ def main(settings: Settings) -> None:
     for batch_size in () if settings.only_overhead else settings.batch_sizes:
         found = measure(settings, pipeline, peer, batch_size)
         ours = found["ours"]
-        ratios = [[a / b for a, b in zip(ours, found[name], strict=True)] for name in ("bare", "peer")]
-        cells = [f"{median(each):.3f} ({min(each):.3f} … {max(each):.3f})" for each in ratios]
+        cells = [spread(ours, found[name], digits=3) for name in ("bare", "peer")]
         lines.append(f"| {batch_size} | {median(ours) / batch_size:.3f} | {' | '.join(cells)} |")
         print("\n".join(lines) if len(lines) == 5 else lines[-1], flush=True)
     networks = network_seconds(settings, pipeline)
@@ -89,6 +88,12 @@ def main(settings: Settings) -> None:
     print(lines[-1])
     if settings.output is not None:
         write_whole(settings.output, ("\n".join(lines) + "\n").encode())
+
+
+def spread(found: list[float], base: list[float], digits: int = 2) -> str:
+    """Ratios of neighbouring turns: their median, the lowest and the highest."""
+    ratios = [a / b for a, b in zip(found, base, strict=True)]
+    return f"{median(ratios):.{digits}f} ({min(ratios):.{digits}f} … {max(ratios):.{digits}f})"
 
 
 def make_pipeline(shapes: str) -> LatentDiffPipeline:
@@ -129,10 +134,10 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(settings.turns + 1):
         for name, way in ways.items():
-            _wait(pipeline.device)
+            wait(pipeline.device)
             started = time.perf_counter()
             way()
-            _wait(pipeline.device)
+            wait(pipeline.device)
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -157,7 +162,7 @@ def overhead(settings: Settings, pipe: LatentDiffPipeline | StableDiffusionPipel
         for _ in range(settings.turns):
             started = time.process_time()
             call(settings, pipe, batch_size=1)
-            _wait(pipe.device)
+            wait(pipe.device)
             found.append(time.process_time() - started)
     return min(found)
 
@@ -169,10 +174,10 @@ def network_seconds(settings: Settings, pipeline: LatentDiffPipeline) -> float:
     for steps in (one, replace(one, num_inference_steps=0)):
         seconds = []
         for _ in range(3):
-            _wait(pipeline.device)
+            wait(pipeline.device)
             started = time.perf_counter()
             bare(steps, pipeline, batch_size=1)
-            _wait(pipeline.device)
+            wait(pipeline.device)
             seconds.append(time.perf_counter() - started)
         found.append(min(seconds))
     with_step, decoder = found
@@ -192,7 +197,7 @@ def bare(settings: Settings, pipeline: LatentDiffPipeline, batch_size: int) -> N
     pipeline.vae.decode(latents[:batch_size], return_dict=False)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

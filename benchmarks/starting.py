@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from statistics import median
 
+from sampling_speed import spread
+
 from latentdiff.cli_errors import run_cli
 
 PIPELINES = {
@@ -65,9 +67,7 @@ def main(settings: Settings) -> None:
     ours, theirs = ([*zip(*seconds[name], strict=True)] for name in PIPELINES)
     rows = [*zip(STAGES, ours, theirs, strict=True), ("all to the first picture", _sums(ours), _sums(theirs))]
     for stage, a, b in rows:
-        ratios = [x / y for x, y in zip(a, b, strict=True)]
-        spread = f"{median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
-        print(f"| {stage} | {median(a):.2f} | {median(b):.2f} | {spread} |")
+        print(f"| {stage} | {median(a):.2f} | {median(b):.2f} | {spread(a, b, digits=3)} |")
 
 
 def start(settings: Settings, name: str) -> list[float]:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from sampling_speed import wait
 from training_step import Steps, draw_noise
 
 from latentdiff.cli_errors import run_cli
@@ -99,8 +100,7 @@ def measure(settings: Settings) -> tuple[float, float]:
     for i in range(1, settings.steps + 1):
         started = time.perf_counter()
         take(i)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(accelerator.device)
         seconds.append(time.perf_counter() - started)
     return peak(accelerator.device), median(seconds)
 

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from sampling_speed import make_pipeline
+from sampling_speed import make_pipeline, spread, wait
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import DDPMScheduler
@@ -91,12 +91,6 @@ def main(settings: Settings) -> None:
         print(f"| {name} | {median(found):.1f} | {' | '.join(cells)} | {share:.0%} |")
 
 
-def spread(found: list[float], base: list[float]) -> str:
-    """Ratios of neighbouring turns."""
-    ratios = [a / b for a, b in zip(found, base, strict=True)]
-    return f"{median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
-
-
 def make_ways(settings: Settings, config: TrainConfig) -> tuple[dict[str, Callable[[int], None]], int, torch.device]:
     """What takes turns, operations of the UNet in a step, and where that is."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
@@ -138,8 +132,7 @@ def take_turns(
             started = time.perf_counter()
             for i in range(settings.steps):
                 way(turn * settings.steps + i)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(device)
             if turn:
                 seconds = time.perf_counter() - started
                 rates[name].append(settings.steps * settings.train_batch_size / seconds)
@@ -161,8 +154,7 @@ def matrix_product_rate(mixed_precision: str, device: torch.device, size: int = 
     for _ in range(repeats):
         started = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
 
