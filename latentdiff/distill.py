@@ -113,11 +113,8 @@ def _check_inputs(setting: str, unet: UNet, student: UNet) -> None:
         raise ConfigError(f"{setting}: it takes its guidance as an input: it is a student itself")
 
 
-class Distillation:
-    """The student's answer at x_t against its own at x_s, where the teacher's guided DDIM step leads from x_t.
-
-    The second answer is the student's as it is, not that of averaged weights, which trains better (arXiv 2310.14189,
-    section 3.2) and needs no further network.
+class FromTeacher:
+    """What both ways to learn from a teacher hold.
 
     Args:
         scheduler: with the steps that the noise levels are divided into.
@@ -129,44 +126,43 @@ class Distillation:
     ):
         self._scheduler, self._teacher, self._guidance_width = scheduler, teacher, guidance_width
         self._autocast = accelerator.autocast
-        self._skip = len(scheduler) // scheduler.config.original_inference_steps
+        self._steps = scheduler.config.original_inference_steps
+
+
+class Distillation(FromTeacher):
+    """The student's answer at x_t against its own at x_s, where the teacher's guided DDIM step leads from x_t.
+
+    The second answer is the student's as it is, not that of averaged weights, which trains better (arXiv 2310.14189,
+    section 3.2) and needs no further network.
+    """
 
     def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """The loss of each sample (B,)."""
-        x_t, timesteps, earlier = noised(self._scheduler, batch, self._skip)
+        x_t, timesteps, earlier = noised(self._scheduler, batch, len(self._scheduler) // self._steps)
         flow = self._scheduler.alphas_cumprod, self._teacher.prediction_type
         with torch.no_grad(), self._autocast():
             x_s = ddim_step(self._teacher.of(batch), *flow, x_t, timesteps, earlier)
         return consistency_loss(model, self._scheduler, batch, (x_t, timesteps), (x_s, earlier), self._guidance_width)
 
 
-class TrajectoryDistillation:
+class TrajectoryDistillation(FromTeacher):
     """The student's answers at all points of the teacher's trajectories, from the batch's noise on, against their ends.
 
     No answer has to wait until those below it are learned, as in `Distillation`, and every step of the teacher gives a
     sample (Luhman & Luhman 2021, arXiv 2101.02388, take the first point alone). The loss is the squared error of v
     (arXiv 2202.00512, section 4), whatever the student puts out: that of x_0 over 1 - abar. In epsilon the strongest
     noise, which every picture is drawn from, would hardly count.
-
-    Args: as `Distillation`.
     """
-
-    def __init__(
-        self, scheduler: ConsistencyScheduler, teacher: Teacher, accelerator: Accelerator, guidance_width: int | None
-    ):
-        self._scheduler, self._teacher, self._guidance_width = scheduler, teacher, guidance_width
-        self._autocast = accelerator.autocast
-        self._grid = solver_timesteps(len(scheduler), scheduler.config.original_inference_steps)
 
     def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """The mean loss over each sample's trajectory (B,)."""
-        abar = self._scheduler.alphas_cumprod
+        abar, grid = self._scheduler.alphas_cumprod, solver_timesteps(len(self._scheduler), self._steps)
         with torch.no_grad(), self._autocast():
             points, end = ddim_trajectory(
-                self._teacher.of(batch), abar, self._teacher.prediction_type, batch.noise, self._grid
+                self._teacher.of(batch), abar, self._teacher.prediction_type, batch.noise, grid
             )
-        x_t, repeated = points.flatten(0, 1), repeat(batch, len(self._grid))
-        timesteps = torch.tensor(self._grid, device=end.device).repeat_interleave(len(end))
+        x_t, repeated = points.flatten(0, 1), repeat(batch, len(grid))
+        timesteps = torch.tensor(grid, device=end.device).repeat_interleave(len(end))
         text = repeated.captions if batch.encoder_hidden_states is None else repeated.encoder_hidden_states
         output = told(model, repeated, text, self._guidance_width)(x_t, timesteps)
         x_0, _ = predict_x0_and_epsilon(abar, output, x_t, timesteps, self._scheduler.config.prediction_type)
