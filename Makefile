@@ -6,7 +6,7 @@ export TRANSFORMERS_VERBOSITY = error
 .PHONY: demo test lint bench browser
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python -m latentdiff.demo
+	$(VENV)/bin/python -m latentdiff.emoji64.demo
 
 # A process for each core, up to four, of one thread each.
 test: $(VENV)/installed browser

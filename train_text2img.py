@@ -5,37 +5,28 @@ Without arguments: the embedded emoji at 64x64, from scratch, on the shipped VAE
 any Stable-Diffusion-shaped model goes on from its own weights. `--help` lists every setting.
 """
 
-from latentdiff.background_push import BackgroundPush
-from latentdiff.checkpoint import (
+from latentdiff.config.presets import run_training
+from latentdiff.config.train import TrainConfig
+from latentdiff.models.parts import networks_of, trained_model
+from latentdiff.training.checkpoint import (
     load_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
     save_weights_as_diffusers_does,
     saved_extra,
 )
-from latentdiff.cli_errors import run_training
-from latentdiff.config import TrainConfig
-from latentdiff.deepspeed_zero import is_zero
-from latentdiff.distill import make_objective
-from latentdiff.divergence import DivergenceWatch
-from latentdiff.ema import check_same_ema, make_ema
-from latentdiff.ema_snapshots import EMASnapshots
-from latentdiff.finishing import finish
-from latentdiff.models import networks_of, trained_model
-from latentdiff.optimizers import check_same_optimizer, make_optimizer
-from latentdiff.preflight import say_first_look
-from latentdiff.stopping import StopSignals
-from latentdiff.training import (
-    Progress,
-    RunLog,
-    Validation,
-    learning_rate_at,
-    load_networks,
-    optimizer_steps,
-    start,
-)
-from latentdiff.training_data import load_data
-from latentdiff.weight_norm import make_weight_norm
+from latentdiff.training.data import load_data
+from latentdiff.training.deepspeed import is_zero
+from latentdiff.training.ema import EMASnapshots, check_same_ema, make_ema
+from latentdiff.training.export import finish
+from latentdiff.training.log import Progress, RunLog
+from latentdiff.training.objectives import make_objective
+from latentdiff.training.optimizers import check_same_optimizer, make_optimizer, make_weight_norm
+from latentdiff.training.preflight import say_first_look
+from latentdiff.training.push import BackgroundPush
+from latentdiff.training.setup import learning_rate_at, load_networks, optimizer_steps, start
+from latentdiff.training.stopping import DivergenceWatch, StopSignals
+from latentdiff.training.validation import Validation
 
 
 def main(config: TrainConfig) -> None:

@@ -22,13 +22,14 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff import LatentDiffPipeline, emoji, feature_networks
-from latentdiff.config import cache_folder
-from latentdiff.data import EmojiPictures
-from latentdiff.held_out_curve import held_out_curve
-from latentdiff.picture_measures import emoji_reference, measure_emoji
-from latentdiff.recipe import write_whole
-from latentdiff.retrieval import DrawSettings, draw, plain_caption, training_queries
+from latentdiff import LatentDiffPipeline
+from latentdiff.data import emoji
+from latentdiff.data.pictures import EmojiPictures
+from latentdiff.evaluation import features
+from latentdiff.evaluation.held_out_curve import held_out_curve
+from latentdiff.evaluation.measures import emoji_reference, measure_emoji
+from latentdiff.evaluation.retrieval import DrawSettings, draw, plain_caption, training_queries
+from latentdiff.utils.files import cache_folder, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # What every run shares: the preset of the shipped checkpoint, on the small UNet and for 40,000 pictures.
@@ -132,7 +133,7 @@ MEASURES = {
 
 def measure(settings: Settings) -> None:
     """Every run that is finished and has no measures yet."""
-    network = feature_networks.load()
+    network = features.load()
     pictures, held_out = emoji.load(), EmojiPictures()
     reference, galleries = emoji_reference(network, pictures, cache_folder())
     asked = training_queries(pictures)[:COUNT]

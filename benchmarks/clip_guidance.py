@@ -12,9 +12,11 @@ from functools import partial
 
 import torch
 
-from latentdiff import LatentDiffPipeline, emoji, feature_networks, retrieval
-from latentdiff.clip_guidance import ClipGuidance
-from latentdiff.latents import to_pixels
+from latentdiff import LatentDiffPipeline
+from latentdiff.data import emoji
+from latentdiff.diffusion.clip_guidance import ClipGuidance
+from latentdiff.evaluation import features, retrieval
+from latentdiff.models.latents import to_pixels
 
 # Scale, through the network or not, noise levels.
 SETTINGS = ((0.0, True, None), (30.0, True, (0.0, 5.0)), (100.0, True, (0.0, 5.0)), (100.0, False, None),
@@ -36,7 +38,7 @@ def main() -> None:
     settings = retrieval.DrawSettings(
         num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale, batch_size=20
     )
-    pictures, network = emoji.load(), feature_networks.load(device=arguments.device)
+    pictures, network = emoji.load(), features.load(device=arguments.device)
     galleries = retrieval.build_galleries(network, pictures)
     asked = retrieval.training_queries(pictures)[: arguments.count]
     captions = [retrieval.plain_caption(*row) for row in asked]
@@ -49,7 +51,7 @@ def main() -> None:
         started = time.perf_counter()
         drawn = retrieval.draw(partial(pipeline, clip_guidance=clip if scale else None), captions, settings)
         seconds = (time.perf_counter() - started) / len(drawn)
-        recall = galleries.recall(feature_networks.extract_features(network, drawn), asked)
+        recall = galleries.recall(features.extract_features(network, drawn), asked)
         with torch.no_grad():
             text = judge.embed_text(captions, arguments.device)
             cosine = judge.score(to_pixels(drawn).to(arguments.device), text).mean()

@@ -89,10 +89,10 @@ def run_settings(folder: Path, size: int) -> dict:
 
 def fill(folder: Path, size: int) -> None:
     """Everything that the run's own start does, with random numbers for what the networks would say."""
-    from latentdiff import latent_cache
-    from latentdiff.config import TrainConfig
-    from latentdiff.training import load_networks, make_accelerator, make_output_dir
-    from latentdiff.training_data import load_data
+    from latentdiff.config.train import TrainConfig
+    from latentdiff.data import latent_cache
+    from latentdiff.training.data import load_data
+    from latentdiff.training.setup import load_networks, make_accelerator, make_output_dir
 
     drawn = torch.Generator().manual_seed(0)
 

@@ -18,8 +18,8 @@ from typing import Literal
 
 import torch
 
-from latentdiff.cli_errors import run_cli
-from latentdiff.recipe import write_whole
+from latentdiff.utils.files import write_whole
+from latentdiff.utils.flags import run_cli
 
 FOLDER = Path(__file__).resolve().parent
 FEW_STEPS = ["sampling_steps.py", "--count", "100", "--seeds", "0", "--output", "runs/bench-steps"]

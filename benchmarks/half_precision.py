@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import latentdiff
 from latentdiff import DDIMScheduler, LatentDiffImg2ImgPipeline, LatentDiffInpaintPipeline, LatentDiffPipeline
-from latentdiff.config import packaged_checkpoint
+from latentdiff.utils.files import packaged_checkpoint
 
 PROMPTS = ["a red apple", "a smiling face", "a house", "a rocket on a yellow background"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

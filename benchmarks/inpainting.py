@@ -22,10 +22,18 @@ import tyro
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 from PIL import Image
 
-from latentdiff import emoji, random_streams
-from latentdiff.grid import labelled_grid
-from latentdiff.latents import decode_latents, encode_moments, masked_pixels, sample_latents, to_images, to_pixels
-from latentdiff.masks import random_masks
+from latentdiff.data import emoji
+from latentdiff.data.masks import random_masks
+from latentdiff.models.latents import (
+    decode_latents,
+    encode_moments,
+    masked_pixels,
+    sample_latents,
+    to_images,
+    to_pixels,
+)
+from latentdiff.utils import randomness
+from latentdiff.utils.grid import labelled_grid
 
 BATCH = 20
 SHOWN = 10  # pictures in the grid
@@ -99,10 +107,10 @@ def make_cases(count: int) -> list[Case]:
         for colour in emoji.COLOURS
         if everything.rows[index][0].pair_held_out(colour)
     ]
-    pairs.sort(key=lambda pair: random_streams.fraction("inpainting", pair[0].names[0], pair[1], pair[2]))
+    pairs.sort(key=lambda pair: randomness.fraction("inpainting", pair[0].names[0], pair[1], pair[2]))
     cases = []
     for number, (concept, style, colour, index) in enumerate(pairs[:count]):
-        generator = random_streams.generator(0, "inpainting", number)
+        generator = randomness.generator(0, "inpainting", number)
         (mask,) = random_masks([generator], (emoji.RESOLUTION,) * 2, whole_picture=0)
         (pixels,) = to_pixels([everything.composite(index, colour)])
         cases.append(Case(emoji.captions(concept, style, colour)[1], pixels, mask))

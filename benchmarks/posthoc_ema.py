@@ -20,8 +20,7 @@ import tyro
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from latentdiff.config import ConfigError
-from latentdiff.posthoc_ema import (
+from latentdiff.diffusion.posthoc_ema import (
     SNAPSHOTS,
     Reconstruction,
     Snapshot,
@@ -31,6 +30,7 @@ from latentdiff.posthoc_ema import (
     plan,
     snapshot_path,
 )
+from latentdiff.utils.errors import ConfigError
 
 COUNTS = (5, 10, 20, 40)
 HALVED_WIDTHS = (0.01, 0.02, 0.03, 0.08, 0.15, 0.25)

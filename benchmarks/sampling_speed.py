@@ -24,10 +24,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff import DDIMScheduler, LatentDiffPipeline
-from latentdiff.cli_errors import run_cli
-from latentdiff.config import packaged_checkpoint
-from latentdiff.loading import DTYPES
-from latentdiff.recipe import write_whole
+from latentdiff.inference.loading import DTYPES
+from latentdiff.utils.files import packaged_checkpoint, write_whole
+from latentdiff.utils.flags import run_cli
 
 PROMPT = "a red apple on a white background"
 

@@ -26,15 +26,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from latentdiff import emoji, feature_networks
 from latentdiff.cli import Drawing
-from latentdiff.cli_errors import run_cli
-from latentdiff.config import ConfigError, cache_folder
-from latentdiff.drawing import draw_recipes
-from latentdiff.feature_networks import FeatureNetwork, extract_features
-from latentdiff.loading import Networks, load_networks
-from latentdiff.picture_lists import file_name, is_there, picture_recipe
-from latentdiff.picture_measures import (
+from latentdiff.data import emoji
+from latentdiff.evaluation import features as feature_networks
+from latentdiff.evaluation.features import FeatureNetwork, extract_features
+from latentdiff.evaluation.measures import (
     EmojiMeasures,
     PictureMeasures,
     Reference,
@@ -42,8 +38,14 @@ from latentdiff.picture_measures import (
     measure,
     measure_floor,
 )
-from latentdiff.recipe import Recipe, save_png, write_whole
-from latentdiff.retrieval import Galleries, plain_caption, recalls_of, take, training_queries
+from latentdiff.evaluation.retrieval import Galleries, plain_caption, recalls_of, take, training_queries
+from latentdiff.inference.drawing import draw_recipes
+from latentdiff.inference.generate import file_name, is_there, picture_recipe
+from latentdiff.inference.loading import Networks, load_networks
+from latentdiff.inference.recipe import Recipe, save_png
+from latentdiff.utils.errors import ConfigError
+from latentdiff.utils.files import cache_folder, write_whole
+from latentdiff.utils.flags import run_cli
 
 NAME = "sampling_steps"
 SLOW = 500  # steps from which on a row draws `slow_count` pictures

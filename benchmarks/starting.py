@@ -15,7 +15,7 @@ from statistics import median
 
 from sampling_speed import spread
 
-from latentdiff.cli_errors import run_cli
+from latentdiff.utils.flags import run_cli
 
 PIPELINES = {
     "latentdiff": "from latentdiff import LatentDiffPipeline as Pipeline",

@@ -23,10 +23,10 @@ from accelerate import Accelerator
 from sampling_speed import wait
 from training_step import Steps, draw_noise
 
-from latentdiff.cli_errors import run_cli
-from latentdiff.config import TrainConfig
-from latentdiff.training import load_networks, make_output_dir
-from latentdiff.training_data import load_data
+from latentdiff.config.train import TrainConfig
+from latentdiff.training.data import load_data
+from latentdiff.training.setup import load_networks, make_output_dir
+from latentdiff.utils.flags import run_cli
 
 
 @dataclass(frozen=True, kw_only=True)

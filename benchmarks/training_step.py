@@ -32,15 +32,16 @@ from sampling_speed import make_pipeline, spread, wait
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff import DDPMScheduler
-from latentdiff.cli_errors import run_cli
-from latentdiff.config import TrainConfig
-from latentdiff.ema import EMA
-from latentdiff.latents import to_pixels
-from latentdiff.losses import denoising_loss
-from latentdiff.models import FrozenParts, UNet, compile_blocks, encode_prompt
-from latentdiff.optimizers import make_optimizer
-from latentdiff.training import load_networks, make_output_dir
-from latentdiff.training_data import load_data
+from latentdiff.config.train import TrainConfig
+from latentdiff.diffusion.losses import denoising_loss
+from latentdiff.models.latents import to_pixels
+from latentdiff.models.parts import FrozenParts, encode_prompt
+from latentdiff.models.unet import UNet, compile_blocks
+from latentdiff.training.data import load_data
+from latentdiff.training.ema import EMA
+from latentdiff.training.optimizers import make_optimizer
+from latentdiff.training.setup import load_networks, make_output_dir
+from latentdiff.utils.flags import run_cli
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import tyro
 from PIL import Image, ImageDraw
 
-from latentdiff import LatentDiffImg2ImgPipeline, LatentDiffInpaintPipeline, emoji
-from latentdiff.config import packaged_checkpoint
-from latentdiff.grid import labelled_grid
+from latentdiff import LatentDiffImg2ImgPipeline, LatentDiffInpaintPipeline
+from latentdiff.data import emoji
+from latentdiff.utils.files import packaged_checkpoint
+from latentdiff.utils.grid import labelled_grid
 
 SIZE = emoji.RESOLUTION
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)

@@ -14,9 +14,9 @@ from editing import Settings as EditSettings
 from editing import draw_img2img, draw_inpaint
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.config import packaged_checkpoint
-from latentdiff.grid import labelled_grid
-from latentdiff.models import load_guide_unet
+from latentdiff.models.loading import load_guide_unet
+from latentdiff.utils.files import packaged_checkpoint
+from latentdiff.utils.grid import labelled_grid
 
 PROMPTS = ["a cat", "a red apple", "a house", "a blue car", "a smiling face", "a guitar", "a butterfly"]
 PROMPTS += ["an umbrella on a pink background"]

@@ -11,8 +11,8 @@ import tyro
 from diffusers import UNet2DConditionModel
 
 from latentdiff import LatentDiffPipeline
-from latentdiff.config import packaged_checkpoint
-from latentdiff.grid import labelled_grid
+from latentdiff.utils.files import packaged_checkpoint
+from latentdiff.utils.grid import labelled_grid
 
 PROMPTS = ["a dog", "a red apple", "a house", "a butterfly", "an umbrella on a pink background", "a slice of cake"]
 SEED = 3

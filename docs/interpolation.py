@@ -6,8 +6,8 @@ import tyro
 from PIL import Image
 
 from latentdiff import LatentDiffInterpolatePipeline
-from latentdiff.animation import strip
-from latentdiff.config import packaged_checkpoint
+from latentdiff.utils.files import packaged_checkpoint
+from latentdiff.utils.films import strip
 
 COLUMNS = 9
 PATHS = (  # prompts, seeds

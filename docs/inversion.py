@@ -9,8 +9,8 @@ import tyro
 from editing import real
 
 from latentdiff import LatentDiffInversionPipeline
-from latentdiff.config import packaged_checkpoint
-from latentdiff.grid import labelled_grid
+from latentdiff.utils.files import packaged_checkpoint
+from latentdiff.utils.grid import labelled_grid
 
 EDITS = (  # emoji, background, words for it, other words
     (

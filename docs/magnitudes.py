@@ -27,17 +27,19 @@ from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from torch import nn
 
-from latentdiff.checkpoint import list_checkpoints, step_of
-from latentdiff.cli_errors import run_cli
-from latentdiff.config import ConfigError, TrainConfig
-from latentdiff.data import EmojiPictures
-from latentdiff.latent_cache import HiddenStates, Moments
-from latentdiff.models import UNet, load_unet
-from latentdiff.mp_unet import MPUNet2DConditionModel
-from latentdiff.presets import read_config
-from latentdiff.recipe import write_whole
-from latentdiff.training import load_networks
-from latentdiff.validation import TIMESTEPS_PER_PICTURE, HeldOutLoss
+from latentdiff.config.presets import read_config
+from latentdiff.config.train import TrainConfig
+from latentdiff.data.latent_cache import HiddenStates, Moments
+from latentdiff.data.pictures import EmojiPictures
+from latentdiff.models.loading import load_unet
+from latentdiff.models.mp_unet import MPUNet2DConditionModel
+from latentdiff.models.unet import UNet
+from latentdiff.training.checkpoint import list_checkpoints, step_of
+from latentdiff.training.held_out import TIMESTEPS_PER_PICTURE, HeldOutLoss
+from latentdiff.training.setup import load_networks
+from latentdiff.utils.errors import ConfigError
+from latentdiff.utils.files import write_whole
+from latentdiff.utils.flags import run_cli
 
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)  # of the plot's logarithmic axis
 

@@ -17,9 +17,9 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.schedulers import PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from latentdiff.clip_guidance import ClipGuidance
-from latentdiff.guidance import GuidanceScale, check_guidance_interval, guidance_weight, guide
-from latentdiff.noise_schedule import noise_level
+from latentdiff.diffusion.clip_guidance import ClipGuidance
+from latentdiff.diffusion.guidance import GuidanceScale, check_guidance_interval, guidance_weight, guide
+from latentdiff.diffusion.noise_schedule import noise_level
 
 StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 

@@ -23,11 +23,11 @@ from diffusers.schedulers import LCMScheduler
 from PIL import Image
 from torch.nn import functional
 
-from latentdiff.clip_guidance import ClipGuidance
-from latentdiff.guidance import GuidanceScale
+from latentdiff.diffusion.clip_guidance import ClipGuidance
+from latentdiff.diffusion.guidance import GuidanceScale
+from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
 from latentdiff.pipelines.guided_sampling import StepCallback
 from latentdiff.pipelines.latent_pipeline import LatentPipeline, on_white
-from latentdiff.scheduling_consistency import ConsistencyScheduler
 
 
 def feather(mask: torch.Tensor, width: int) -> torch.Tensor:

@@ -16,8 +16,8 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
-from latentdiff.clip_guidance import ClipGuidance
-from latentdiff.guidance import GuidanceScale
+from latentdiff.diffusion.clip_guidance import ClipGuidance
+from latentdiff.diffusion.guidance import GuidanceScale
 from latentdiff.pipelines.guided_sampling import StepCallback
 from latentdiff.pipelines.latent_pipeline import LatentPipeline
 

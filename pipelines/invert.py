@@ -16,12 +16,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils import BaseOutput, logging
 
-from latentdiff.clip_guidance import ClipGuidance
-from latentdiff.guidance import GuidanceScale
+from latentdiff.diffusion.clip_guidance import ClipGuidance
+from latentdiff.diffusion.guidance import GuidanceScale
+from latentdiff.diffusion.scheduling_ddim import DDIMScheduler
 from latentdiff.pipelines.guided_sampling import StepCallback
 from latentdiff.pipelines.latent_pipeline import LatentPipeline
 from latentdiff.pipelines.prompt_embedding import check_text
-from latentdiff.scheduling_ddim import DDIMScheduler
 
 logger = logging.get_logger(__name__)
 

@@ -24,12 +24,12 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from latentdiff.guidance import GuidanceScale
+from latentdiff.diffusion.guidance import GuidanceScale
+from latentdiff.diffusion.posthoc_ema import reconstructions, snapshots_folder
+from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
 from latentdiff.pipelines.guided_sampling import GuidedSampling
 from latentdiff.pipelines.portable_saving import PortableSaving, adopt_scheduler
 from latentdiff.pipelines.prompt_embedding import PromptEmbedding
-from latentdiff.posthoc_ema import reconstructions, snapshots_folder
-from latentdiff.scheduling_consistency import ConsistencyScheduler
 
 logger = logging.get_logger(__name__)
 

@@ -16,11 +16,11 @@ import diffusers
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
 
-from latentdiff.noise_schedule import make_betas
-from latentdiff.posthoc_ema import copy_snapshots
-from latentdiff.scheduling_consistency import ConsistencyScheduler
-from latentdiff.scheduling_ddim import DDIMScheduler
-from latentdiff.scheduling_ddpm import DDPMScheduler
+from latentdiff.diffusion.noise_schedule import make_betas
+from latentdiff.diffusion.posthoc_ema import copy_snapshots
+from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
+from latentdiff.diffusion.scheduling_ddim import DDIMScheduler
+from latentdiff.diffusion.scheduling_ddpm import DDPMScheduler
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +34,7 @@ _OUR_SCHEDULERS = {
 _STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
 
 # What may be named as `custom_pipeline=`, by its file in a saved folder ("pipeline.py" is what a folder's own name
-# means there), with the file in the package; and what these import.
+# means there), with the file in the package.
 PIPELINES = {
     "pipeline.py": "text2img.py",
     "img2img.py": "img2img.py",
@@ -42,21 +42,12 @@ PIPELINES = {
     "interpolate.py": "interpolate.py",
     "invert.py": "invert.py",
 }
-SHARED = (
-    "latent_pipeline.py",
-    "prompt_embedding.py",
-    "guided_sampling.py",
-    "portable_saving.py",
-    "guidance.py",
-    "clip_guidance.py",
-    "noise_schedule.py",
-    "posthoc_ema.py",
-    "scheduling_consistency.py",
-    "scheduling_ddim.py",
-    "scheduling_ddpm.py",
+# An import of a file that travels, of the same room or of another; a saved folder has no rooms.
+_OWN_IMPORT = re.compile(r"^from (?:latentdiff\.\w+)?\.(\w+) import", re.MULTILINE)
+# The whole of such an import, in a network's module.
+_WHOLE_RELATIVE_IMPORT = re.compile(
+    r"^from \.(?:\.(?P<room>\w+)\.)?(?P<module>\w+) import (?:\([^)]*\)|[^\n(]*)\n", re.MULTILINE
 )
-_RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import", re.MULTILINE)
-_WHOLE_RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import (?:\([^)]*\)|[^\n(]*)\n", re.MULTILINE)
 
 # UNets that diffusers has not, by the name of their class; none where only a saved folder's code is there.
 OWN_UNETS: dict[str, type] = {}
@@ -81,16 +72,19 @@ def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 @functools.cache
 def code_files() -> dict[str, str]:
-    """The code that travels with the weights, by its file's name in that flat folder, as it was at the first call.
+    """The code that travels with the weights, by its file's name in that flat folder, as it was at the first call: the
+    pipelines, and all that they import of this project.
 
     Of somebody who loaded it from there, only the files that their pipeline is made of.
     """
-    sources = {}
-    for name, in_package in {**PIPELINES, **{name: name for name in SHARED}}.items():
+    sources, wanted = {}, dict(PIPELINES)
+    while wanted:
+        name, in_package = wanted.popitem()
         if path := _find(name, in_package):
-            source = path.read_text(encoding="utf-8")
-            sources[name] = re.sub(r"^from latentdiff\.(pipelines\.)?", "from .", source, flags=re.MULTILINE)
-    return {name: _naming_all_it_needs(name, sources) for name in sources}
+            sources[name] = _OWN_IMPORT.sub(r"from .\1 import", path.read_text(encoding="utf-8"))
+            needed = (f"{module}.py" for module in _OWN_IMPORT.findall(sources[name]))
+            wanted |= {file: file for file in needed if file not in sources}
+    return {name: _naming_all_it_needs(name, sources) for name in sorted(sources)}
 
 
 def write_code(folder: str | os.PathLike) -> None:
@@ -113,10 +107,10 @@ def _naming_all_it_needs(name: str, sources: dict[str, str]) -> str:
     """
     if name not in PIPELINES:
         return sources[name]
-    named = _RELATIVE_IMPORT.findall(sources[name])
+    named = _OWN_IMPORT.findall(sources[name])
     needed = list(dict.fromkeys(named))
     for module in needed:  # grows as it goes
-        needed += [m for m in _RELATIVE_IMPORT.findall(sources[f"{module}.py"]) if m not in needed]
+        needed += [m for m in _OWN_IMPORT.findall(sources[f"{module}.py"]) if m not in needed]
     missing = sorted(set(needed) - set(named))
     if not missing:
         return sources[name]
@@ -141,10 +135,11 @@ def network_code(kind: type) -> str:
     path = Path(inspect.getfile(sys.modules[kind.__module__]))
 
     def whole(source: str) -> str:
-        return _WHOLE_RELATIVE_IMPORT.sub(lambda found: whole(beside(found[1])), source)
+        return _WHOLE_RELATIVE_IMPORT.sub(lambda found: whole(imported(**found.groupdict())), source)
 
-    def beside(module: str) -> str:
-        return path.with_name(f"{module}.py").read_text(encoding="utf-8")
+    def imported(room: str | None, module: str) -> str:
+        folder = path.parent if room is None else path.parents[1] / room
+        return (folder / f"{module}.py").read_text(encoding="utf-8")
 
     return whole(path.read_text(encoding="utf-8"))
 

@@ -1,7 +1,6 @@
 """What the tests share: no network, a Hub on the loopback address, a tiny Stable Diffusion folder of random weights."""
 
 import importlib.util
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -26,6 +25,8 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_MODULES_C
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tiny import make_pictures, reset_accelerate, tiny_components  # noqa: E402
+
 
 @pytest.fixture
 def hub(monkeypatch):
@@ -39,72 +40,6 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return _HUB
-
-
-def tiny_tokenizer(max_tokens: int = 8):
-    """A byte-level CLIP tokenizer of 521 tokens: every byte, every byte that ends a word, and a few merges."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    characters = sorted(ByteLevel.alphabet())
-    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("r", "e"), ("re", "d</w>")]
-    tokens = [*characters, *(f"{character}</w>" for character in characters), *(a + b for a, b in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
-
-
-def tiny_components(seed: int = 0) -> dict:
-    """The parts of a Stable Diffusion pipeline at toy size, with random weights: an f4 VAE, 16 pixels, 8 tokens."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from latentdiff import DDIMScheduler
-
-    tokenizer = tiny_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        text_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=4,
-            norm_num_groups=2,
-            sample_size=16,
-            scaling_factor=0.7,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=2,
-            cross_attention_dim=16,
-        )
-        text_encoder = CLIPTextModel(text_config)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    return {
-        "vae": vae.eval(),
-        "text_encoder": text_encoder.eval(),
-        "tokenizer": tokenizer,
-        "unet": unet.eval(),
-        "scheduler": scheduler,
-    }
 
 
 @pytest.fixture(scope="session")
@@ -136,28 +71,6 @@ def fresh_accelerate(monkeypatch):
     reset_accelerate()
 
 
-def reset_accelerate() -> None:
-    """accelerate keeps its state between accelerators of a process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def make_pictures(folder: Path, count: int) -> Path:
-    """Pictures of noise with metadata."""
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir()
-    for i in range(count):
-        shades = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(shades).save(folder / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a cat"}) for i in range(count)]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Twelve of them: not to be written to."""
@@ -187,7 +100,7 @@ def settings(tiny_pipeline_folder, pictures, tmp_path) -> dict:
 @pytest.fixture
 def train(script, settings, fresh_accelerate):
     """Run the script in this process with changed settings; returns the output folder."""
-    from latentdiff.config import TrainConfig
+    from latentdiff.config.train import TrainConfig
 
     def run(**changes) -> Path:
         reset_accelerate()

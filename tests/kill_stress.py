@@ -46,10 +46,10 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     import numpy as np
     from PIL import Image
 
-    import conftest
+    import tiny
     from latentdiff import LatentDiffPipeline
 
-    LatentDiffPipeline(**conftest.tiny_components()).save_pretrained(folder / "model")
+    LatentDiffPipeline(**tiny.tiny_components()).save_pretrained(folder / "model")
     (folder / "pictures").mkdir()
     lines = []
     for i in range(200):

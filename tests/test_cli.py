@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from conftest import tiny_components
-from latentdiff import LatentDiffPipeline, backgrounds, cli, feature_networks, measuring, retrieval
+from latentdiff import LatentDiffPipeline, cli
+from latentdiff.evaluation import backgrounds, features, retrieval
+from tiny import tiny_components
 
 
 def fails(capsys, *argv) -> str:
@@ -166,11 +167,11 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
             **quoted, count=count, gallery_size=7, drawn=recall, ceiling=recall, floor=recall
         )
 
-    monkeypatch.setattr(measuring, "load_pipeline", lambda checkpoint, device: LatentDiffPipeline(**tiny_components()))
-    monkeypatch.setattr(feature_networks, "load", lambda device: None)
+    monkeypatch.setattr(retrieval, "load_pipeline", lambda checkpoint, device: LatentDiffPipeline(**tiny_components()))
+    monkeypatch.setattr(features, "load", lambda device: None)
     flags = ["--count", "12", "--num-inference-steps", "4", "--guidance-scale", "2", "--seed", "9"]
     for name, module in (("retrieval", retrieval), ("backgrounds", backgrounds)):
-        monkeypatch.setattr(module, name, measure)
+        monkeypatch.setattr(module, f"measure_{name}", measure)
         cli.main([name, "somewhere", *flags, "--output", str(tmp_path / f"{name}.json")])
         assert "R@1 0.250" in capsys.readouterr().out
         saved = json.loads((tmp_path / f"{name}.json").read_text())
@@ -181,5 +182,5 @@ def test_defaults_are_those_of_the_library():
     """The command line repeats them so as not to import torch for --help."""
     pipeline = LatentDiffPipeline(**tiny_components())
     assert retrieval.DrawSettings.of(cli.Retrieval(checkpoint=""), pipeline) == retrieval.DrawSettings()
-    assert retrieval.retrieval.__kwdefaults__["count"] == cli.Retrieval(checkpoint="").count
-    assert backgrounds.backgrounds.__kwdefaults__["count"] == cli.Backgrounds(checkpoint="").count
+    assert retrieval.measure_retrieval.__kwdefaults__["count"] == cli.Retrieval(checkpoint="").count
+    assert backgrounds.measure_backgrounds.__kwdefaults__["count"] == cli.Backgrounds(checkpoint="").count

@@ -1,142 +1,126 @@
-"""The rule of who may import whom, and that what travels to the Hub travels alone."""
+"""The rules of the house: who may import whom, what travels to the Hub, what a wheel holds."""
 
 import ast
+import configparser
 import sys
 from pathlib import Path
 
 import pytest
 
+from latentdiff.pipelines.portable_saving import code_files
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "latentdiff"
 
-# Modules of the project that a file may import from; files that are not named may import any.
-ALLOWED = {
-    "config": set(),
-    "presets": {"config"},
-    "noise_schedule": set(),
-    "clip_guidance": {"guidance", "noise_schedule"},
-    "scheduling_ddpm": {"noise_schedule"},
-    "scheduling_ddim": {"noise_schedule"},
-    "scheduler_conformance": {"noise_schedule", "scheduling_ddpm", "scheduling_ddim"},
-    "losses": {"noise_schedule"},
-    "scheduling_consistency": {"noise_schedule"},
-    "consistency": {"guidance", "noise_schedule", "scheduling_consistency"},
-    "mp_layers": set(),
-    "mp_unet": {"mp_layers", "noise_schedule"},
-    "weight_norm": {"config", "mp_layers", "mp_unet", "sharding"},
-    "guidance": set(),
-    "distances": set(),
-    "random_streams": set(),
-    "ema": {"config", "posthoc_ema", "sharding"},
-    "posthoc_ema": set(),
-    "sharding": {"config", "deepspeed_zero"},
-    "deepspeed_zero": {"config"},
-    "latents": set(),
-    "masks": set(),
-    "efficientnet_lite": {"config"},
-    "models": {"config", "mp_layers", "mp_unet"},
-    "emoji": {"config", "random_streams"},
-    "images": set(),
-    "sources": {"config", "images"},
-    "tars": {"config", "images", "sources"},
-    "survey": {"config", "images", "random_streams", "sources"},
-    "data": {"config", "emoji", "images", "random_streams", "sources", "survey", "tars"},
-    "buckets": {"random_streams"},
-    "entry_store": {"config"},
-    "latent_cache": {"latents", "data", "models", "entry_store"},
-    "divergence": {"config", "batches"},
-    "lora": {"config"},
-    "optimizers": {"config"},
-    "recipe": {"config"},
-    "grid": set(),
-    "cli": {"cli_base", "cli_errors", "cli_measuring", "config", "serve"},
-    "cli_base": {"config"},
-    "cli_measuring": {"cli_base", "config"},
-    "cli_errors": {"config", "presets"},
-    "public": {"mp_unet", "pipelines", "scheduling_consistency", "scheduling_ddim", "scheduling_ddpm"},
-    "loading": {
-        "clip_guidance",
-        "config",
-        "models",
-        "public",
-        "recipe",
-        "scheduling_consistency",
-        "scheduling_ddim",
-        "scheduling_ddpm",
-    },
-    "drawing": {"config", "images", "loading", "pipelines", "public", "recipe"},
-    "animation": {"config", "grid"},
-    "bound_terms": {"noise_schedule", "scheduling_ddpm"},
-    "bounds": set(),
-    "likelihood": {
-        "bound_terms",
-        "bounds",
-        "cli_errors",
-        "config",
-        "emoji",
-        "entry_store",
-        "latents",
-        "loading",
-        "models",
-        "noise_schedule",
-        "processes",
-        "random_streams",
-        "recipe",
-    },
-    "batches": {"random_streams", "data", "latent_cache", "latents", "masks", "buckets"},
+# Which rooms may import from which others; each may from itself. A circle is nowhere.
+MAY_IMPORT: dict[str, set[str]] = {
+    "utils": set(),
+    "diffusion": set(),
+    "config": {"utils"},
+    "pipelines": {"diffusion"},
+    "models": {"utils", "diffusion"},
+    "public": {"models", "pipelines", "diffusion"},
+    "data": {"utils", "config", "models"},
+    "training": {"data", "models", "config", "diffusion", "pipelines", "public", "utils"},
+    "inference": {"models", "config", "diffusion", "pipelines", "public", "utils"},
+    "cli": {"config", "utils"},
 }
-TRAVELLERS = [
-    *PACKAGE.glob("scheduling_*.py"),
-    PACKAGE / "noise_schedule.py",
-    PACKAGE / "guidance.py",
-    PACKAGE / "clip_guidance.py",
-    PACKAGE / "posthoc_ema.py",
-    PACKAGE / "mp_layers.py",
-    PACKAGE / "mp_unet.py",
-    *(ROOT / "pipelines").glob("*.py"),
-]
+MAY_IMPORT["evaluation"] = {"inference", "training"} | MAY_IMPORT["inference"] | MAY_IMPORT["training"]
+MAY_IMPORT["emoji64"] = {"evaluation"} | MAY_IMPORT["evaluation"]
+
+FILES = {
+    **{".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")},
+    **{f"latentdiff.pipelines.{path.stem}": path for path in (ROOT / "pipelines").glob("*.py")},
+}
+# `latentdiff/__init__.py` and those of the rooms.
+MODULES = {name: path for name, path in FILES.items() if path.name != "__init__.py"}
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, at any depth of the code, relative ones as `latentdiff.…`."""
+def imported(name: str) -> set[str]:
+    """Every module that a module of ours imports, at any depth of the code, relative ones by their whole names."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = f"latentdiff.{node.module}" if node.level and node.module else node.module or "latentdiff"
-            found |= {base} if node.module else {f"{base}.{alias.name}" for alias in node.names}
+            base = ".".join(name.split(".")[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            # `from ..data import emoji` imports a module, `from ..data.emoji import load` a name of one.
+            found |= {f"{module}.{alias.name}" for alias in node.names if f"{module}.{alias.name}" in MODULES} or {
+                module
+            }
     return found
 
 
-def from_project(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imported(path) if name.startswith("latentdiff.")}
+def from_project(name: str) -> set[str]:
+    return {module for module in imported(name) if module in MODULES}
 
 
-@pytest.mark.parametrize("module", sorted(ALLOWED))
-def test_imports_follow_the_rule(module):
-    """A dependency would run against the layering, and the file could not be read alone."""
-    assert from_project(PACKAGE / f"{module}.py") <= ALLOWED[module]
+def room(name: str) -> str:
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("path", TRAVELLERS, ids=lambda path: path.name)
-def test_what_travels_to_the_hub_needs_only_diffusers(path):
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_rooms_import_what_they_may(name):
+    """A dependency would run against the layering, and a room could not be read without those above it."""
+    assert {room(module) for module in from_project(name)} - {room(name)} <= MAY_IMPORT[room(name)]
+
+
+def test_no_circle():
+    """Files of a room may import each other, too, but what imports itself by way of others loads in one order alone."""
+    left = {name: from_project(name) for name in MODULES}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_rooms_have_no_code_of_their_own():
+    """`--help` would load torch by way of an `__init__.py` that imports."""
+    for path in [*PACKAGE.glob("*/__init__.py"), ROOT / "pipelines" / "__init__.py"]:
+        assert not path.read_text(), path
+
+
+def test_a_wheel_has_every_room():
+    """An installed package would lack one that setup.cfg does not name, and nobody in a checkout would notice."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(setup["options"]["packages"].split()) == {*rooms, "latentdiff.pipelines"}
+
+
+TRAVELLERS = sorted(
+    name for name, path in MODULES.items() if f"{path.stem}.py" in code_files() or path.stem == "text2img"
+)
+
+
+@pytest.mark.parametrize("name", [*TRAVELLERS, "latentdiff.models.mp_unet", "latentdiff.models.mp_layers"])
+def test_what_travels_to_the_hub_needs_only_diffusers(name):
     """A repo on the Hub would not load for somebody who has only diffusers and transformers."""
-    others = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"latentdiff"}
+    others = {module.split(".")[0] for module in imported(name)} - set(sys.stdlib_module_names) - {"latentdiff"}
     with_diffusers = {"PIL", "huggingface_hub", "safetensors"}  # which it cannot be installed without
     assert others <= {"torch", "numpy", "diffusers", "transformers"} | with_diffusers
-    travelling = {other.stem for other in TRAVELLERS} | {"pipelines"}
-    assert from_project(path) <= travelling
+    assert {room(module) for module in from_project(name)} <= {"diffusion", "pipelines"} | {room(name)}
+
+
+def test_what_travels_is_what_the_pipelines_import():
+    """A file left behind would be missed only by a stranger."""
+    reached, new = set(), {name for name in MODULES if room(name) == "pipelines"}
+    while new:
+        reached |= new
+        new = {module for name in new for module in from_project(name)} - reached
+    names = {name.rsplit(".", 1)[1] for name in reached}
+    assert {path.removesuffix(".py") for path in code_files()} == names - {"text2img"} | {"pipeline"}
 
 
 def test_nothing_imports_the_entry_script():
-    for path in [*ROOT.glob("latentdiff/*.py"), *ROOT.glob("pipelines/*.py")]:
-        assert "train_text2img" not in imported(path), path
+    for name in MODULES:
+        assert "train_text2img" not in imported(name), name
 
 
 def test_nothing_unpickles():
     """A downloaded file could run code: torch.load is called with weights_only=True or not at all."""
-    for path in [*ROOT.glob("latentdiff/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("*.py")]:
+    for path in [*FILES.values(), *ROOT.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert "pickle" not in {alias.name for alias in node.names}, path
@@ -146,7 +130,15 @@ def test_nothing_unpickles():
                 assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), path
 
 
-def test_modules_stay_readable():
-    """A file past about 400 lines is doing two things."""
-    for path in [*PACKAGE.glob("*.py"), *(ROOT / "pipelines").glob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 450, path
+def test_no_code_lies_beside_the_weights():
+    """Copies in git would be read, searched and mended by mistake; what is saved or pushed gets them anew."""
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/checkpoints/*/*.py" in ignored
+
+
+def test_files_and_rooms_stay_readable():
+    """A file past about 400 lines is doing two things, and a room past 3,000 has become a house."""
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert max(lines.values()) <= 450, max(lines, key=lines.get)
+    for kind in MAY_IMPORT:
+        assert sum(count for name, count in lines.items() if room(name) == kind) <= 3100, kind

@@ -1,0 +1,202 @@
+"""What each command of `latentdiff` takes that measures, serves, pushes, pulls or checks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ..utils.errors import ConfigError
+from .checks import at_least_1, within
+from .drawing import Command, Drawing
+from .train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Drawing):
+    """Measure what a checkpoint draws against real pictures: distances, retrieval, losses, and what each rests on.
+
+    latentdiff evaluate checkpoints/emoji64 --guidance-scale 4 --num-inference-steps 20 --output-dir evaluated
+
+    Pictures that are there are not drawn again, so what was interrupted goes on when the same command is given again.
+    `accelerate launch -m latentdiff.cli evaluate …` shares the work among processes.
+    """
+
+    output_dir: Path
+    """Folder for the pictures with their recipes, evaluation.json, a table and a plot."""
+    count: int = 500
+    """Captions to draw, one picture each. Numbers of different counts cannot be compared."""
+    data: Path | None = None
+    """Folder of one's own pictures with captions, which training has not seen; by default the embedded emoji."""
+    network: str = "efficientnet-lite0"
+    """What looks at the pictures: efficientnet-lite0, inception-v3, or the folder or Hub id of a DINOv2."""
+    clip_score: Path | None = None
+    """Folder of a CLIP that says how well pictures and captions match."""
+    likelihood: bool = False
+    """Bound the likelihood of the held-out pictures, too."""
+    fill_card: bool = False
+    """Put the numbers and the plot into the model card in the checkpoint's folder."""
+    batch_size: int = 32
+    """Pictures drawn at a time; but for a last bit here and there it does not change them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_1(self, "count")
+        if self.data is not None and not self.data.is_dir():
+            raise ConfigError(f"--data {self.data}: no such folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Command):
+    """Measure whether drawn emoji are found again among the real ones: R@1, R@10, their ceiling and floor.
+
+    latentdiff retrieval checkpoints/emoji64 --output retrieval.json
+    """
+
+    count: int = 500
+    """Training captions to draw, half of each style."""
+    output: Path | None = None
+    """JSON file for the numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backgrounds(Command):
+    """Measure emoji on background colours they were never trained with: the colour drawn, and retrieval.
+
+    latentdiff backgrounds checkpoints/emoji64
+    """
+
+    count: int = 240
+    """Held-out pairs of emoji and background to draw, and as many that were trained on."""
+    output: Path | None = None
+    """JSON file for the numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructEma:
+    """Make an average of another length of the weights after a run with --ema_sigma_rel, from the snapshots it kept.
+
+    latentdiff reconstruct-ema runs/mine --sigma-rel 0.08
+
+    What it writes is a UNet that diffusers and --guide-unet load, or a folder of both where the text encoder was
+    trained, too. A run that is still going on can be asked, too.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run, or a model on the Hub that was pushed with its snapshots."""
+    sigma_rel: float
+    """Relative width of the average, such as 0.08: its standard deviation as a share of the training so far."""
+    step: int | None = None
+    """The optimizer step at which the average ends; by default that of the last snapshot."""
+    output: Path | None = None
+    """Folder to write; by default unet-ema-… in the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepEma(Command):
+    """Measure which length of the average is best after a run with --ema_sigma_rel, and draw the curve.
+
+    latentdiff sweep-ema runs/mine --sigma-rel 0.03 0.05 0.08 0.12 0.2
+
+    It writes ema_sweep.json, a table in ema_sweep.md and the curve in ema_sweep.png: the held-out loss, with --count
+    how drawn emoji compare to the real ones, too. What was interrupted goes on when the command is given again.
+    """
+
+    sigma_rel: tuple[float, ...] = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)
+    """Relative widths to try."""
+    step: int | None = None
+    """The optimizer step at which the averages end; by default that of the last snapshot."""
+    count: int = 0
+    """Captions of the embedded emoji to draw at each width, half of each style; by default none."""
+    network: str = "efficientnet-lite0"
+    """What looks at drawn pictures: efficientnet-lite0, inception-v3, or the folder or Hub id of a DINOv2."""
+    output_dir: Path | None = None
+    """Folder for the results; by default that of the run."""
+
+    def __post_init__(self) -> None:
+        if not self.sigma_rel:
+            raise ConfigError("--sigma-rel is empty: give one width or more, such as 0.05 0.1")
+        within(self, 0, 1e6, "count")
+
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Open a page to draw on: text to image, image to image, inpainting, interpolation."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    inpaint_checkpoint: str | None = None
+    """One whose UNet was trained to inpaint; by default the checkpoint's own blends the parts."""
+    lora: Path | None = None
+    """Folder of LoRA weights to draw with; distilled ones draw in few steps."""
+    host: str = LOOPBACK
+    """Address to listen on. The page asks for no password: any but 127.0.0.1 opens it to whoever can reach that."""
+    port: int | None = None
+    """By default the first free one from 7860."""
+    max_queue: int = 8
+    """Drawings that may wait; one at a time is drawn."""
+    max_upload_mb: int = 10
+    """The largest file that may be uploaded."""
+    device: str | None = None
+    """As torch names it; by default cuda where there is one, else cpu."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the networks; fp16 and bf16 are for GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "max_upload_mb"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it must lie in 1 … 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Push a saved pipeline to the Hub.
+
+    latentdiff push runs/mine you/mine
+
+    The token is HF_TOKEN, or that of `hf auth login`.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """What `save_pretrained` or a training run wrote."""
+    repo_id: tyro.conf.Positional[str]
+    """owner/name, made if it is not there."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch; by default main."""
+    message: str = "Upload with latentdiff"
+    """Of the commit."""
+    ema_snapshots: bool = False
+    """Take along what averages of other lengths are made of: many times the size of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull:
+    """Load a model from the Hub into a folder.
+
+    latentdiff pull you/mine --output-dir mine
+    """
+
+    repo_id: tyro.conf.Positional[str]
+    """owner/name"""
+    output_dir: Path | None = None
+    """By default the model's name."""
+    revision: str | None = None
+    """Branch, tag or commit; by default main."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Look before training: takes every flag of train_text2img.py (which `latentdiff check --help` lists) and says
+    what it finds in pictures, captions, VAE, disk, time and memory.
+
+    latentdiff check --train_data_dir my_pictures
+    """
+
+    config: tyro.conf.Suppress[TrainConfig | None] = None

@@ -1,0 +1,237 @@
+"""Pictures with captions as the cache and the training loop see them: the embedded emoji, or pictures of one's own.
+
+A data set here is rows, each with captions; how often a row stands in an epoch; `image(row)`, an RGB picture of the
+final size; and a digest that says what that picture follows from.
+"""
+
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..config.train import TrainConfig
+from ..utils.errors import RunStopped
+from ..utils.images import crop_box, open_upright, resized
+from ..utils.randomness import fraction
+from . import emoji
+from .sources import Folder, Source, Table, metadata_files, picture_files
+from .survey import PICTURES
+from .tars import Tars, tar_files
+
+
+class CaptionedPictures(Protocol):
+    """What the cache and the training loop need of a data set."""
+
+    captions: Sequence[Sequence[str]]
+    """For each row the captions of which one is drawn each time."""
+    caption_counts: np.ndarray
+    """How many those are."""
+    repeats: np.ndarray
+    """How often each row stands in an epoch."""
+    held_out: np.ndarray
+    """Rows that are never trained on."""
+    sizes: Sequence[tuple[int, int]]
+    """Widths and heights that the pictures come in; those of one batch are of one size."""
+    size_of: np.ndarray
+    """For each row which of the sizes it has."""
+    crops: int
+    """How many crops there are of each picture."""
+
+    def image(self, row: int, crop: int = 0) -> Image.Image:
+        """The row's picture, RGB, of its size. Any thread may ask."""
+
+    def digests(self) -> Iterator[bytes]:
+        """What each picture follows from, row by row and in a row crop by crop."""
+
+    def name(self, row: int) -> str:
+        """What to call the row's picture in a message."""
+
+
+# -------------------------------------------------------------------------------------------------- emoji
+
+
+class EmojiPictures:
+    """emoji64 as captioned pictures: each of the default set on white and on the twelve colours.
+
+    White counts as many times as six colours together, since a prompt that names no background means white. Held-out
+    emoji are held out on white; held-out pairs of emoji and colour are not in the set at all.
+
+    Args:
+        max_train_samples: keep only the first so many trained pictures of emoji (on all their backgrounds).
+        captions_on_white, captions_on_colour: how many of the ways to say a picture are kept.
+    """
+
+    def __init__(self, max_train_samples: int | None = None, captions_on_white: int = 8, captions_on_colour: int = 2):
+        self._set = emoji.load()
+        self._rows: list[tuple[int, str]] = []
+        self.captions: list[list[str]] = []
+        self.sizes, self.crops = [(emoji.RESOLUTION, emoji.RESOLUTION)], 1
+        for index in self._set.indices()[:max_train_samples]:
+            concept, style = self._set.rows[index]
+            for colour in emoji.BACKGROUNDS:
+                if not concept.pair_held_out(colour):
+                    count = captions_on_white if colour == "white" else captions_on_colour
+                    self._rows.append((index, colour))
+                    self.captions.append(emoji.training_captions(concept, style, colour, count))
+        trained = len(self._rows)
+        for index in self._set.indices(held_out=True):
+            self._rows.append((index, "white"))
+            self.captions.append(emoji.captions(*self._set.rows[index])[1:2])
+        self.caption_counts = np.array([len(said) for said in self.captions])
+        self.held_out = np.arange(len(self._rows)) >= trained
+        on_white = np.array([colour == "white" for _, colour in self._rows])
+        self.repeats = np.where(on_white & ~self.held_out, 6, 1)
+        self.size_of = np.zeros(len(self._rows), np.int8)
+
+    def image(self, row: int, crop: int = 0) -> Image.Image:
+        """64x64 RGB."""
+        return self._set.composite(*self._rows[row])
+
+    def digests(self) -> Iterator[bytes]:
+        """SHA-256 of the pixels."""
+        return (hashlib.sha256(self.image(row).tobytes()).digest() for row in range(len(self._rows)))
+
+    def name(self, row: int) -> str:
+        """Emoji, style and background."""
+        index, colour = self._rows[row]
+        concept, style = self._set.rows[index]
+        return f"{concept.names[0]} ({style}, {colour})"
+
+
+# -------------------------------------------------------------------------------------- pictures of one's own
+
+_LINES_READ = 64  # of the list of pictures at a time, since the place of every line would take memory
+
+
+def open_source(config: TrainConfig) -> Source:
+    """What `train_data_dir` or `dataset_name` names: a folder of pictures, of WebDataset tars, or a table.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+    """
+    folder = Path(config.train_data_dir or config.dataset_name)
+    if folder.is_dir():
+        if any(True for found in (metadata_files(folder), picture_files(folder)) for _ in found):
+            return Folder(folder, config.caption_column)
+        if tars := tar_files(folder):
+            return Tars(tars, config.caption_column)
+    return Table(config)
+
+
+class OwnPictures:
+    """The pictures that `survey` listed, cropped and resized. The list stays on disk: memory hardly grows with it.
+
+    Args:
+        config: names the output folder with the list, and says how pictures are cropped.
+        open_source: what reads the pictures' files; not called before one is asked for, since tables take memory.
+        sizes: widths and heights to bring the pictures to; each takes the one nearest to its own shape.
+
+    Attributes:
+        enlarged: how many are smaller than their size.
+    """
+
+    def __init__(self, config: TrainConfig, open_source: Callable[[], Source], sizes: Sequence[tuple[int, int]]):
+        self._source = cache(open_source)
+        self._stretch, self.crops = not config.center_crop, config.crops_per_picture
+        self._list = open(Path(config.output_dir) / PICTURES, "rb")  # noqa: SIM115 - kept open
+        self.sizes, self.enlarged = list(sizes), 0
+        shapes = np.log([width / height for width, height in sizes])
+        starts, counts, held_out, size_of = array("q"), array("I"), array("b"), array("b")
+        for row, (start, line) in enumerate(self._lines()):
+            (width, height) = line["size"]
+            nearest = int(np.abs(shapes - math.log(width / height)).argmin())
+            self.enlarged += width < sizes[nearest][0] or height < sizes[nearest][1]
+            if row % _LINES_READ == 0:
+                starts.append(start)
+            counts.append(len(line["captions"]))
+            held_out.append(line["held_out"])
+            size_of.append(nearest)
+        self._starts = [*starts, os.fstat(self._list.fileno()).st_size]
+        self.caption_counts, self.size_of = _compact(counts), _compact(size_of)
+        self.held_out, self.repeats = _compact(held_out, bool), np.broadcast_to(np.int8(1), len(counts))
+        self.captions = _Captions(self)
+
+    def image(self, row: int, crop: int = 0) -> Image.Image:
+        """RGB, of the row's size.
+
+        Raises:
+            RunStopped: its file is not what it was when the run started.
+        """
+        line = self.line(row)
+        try:
+            file = self._source().open(line["place"])
+            content = file.read_bytes() if isinstance(file, Path) else file.read()
+        except (OSError, ValueError) as error:
+            raise RunStopped(f"{line['name']} can no longer be read ({error})") from error
+        if hashlib.sha256(content).hexdigest() != line["sha256"]:
+            raise RunStopped(f"{line['name']} has changed since the run started; start it again")
+        size = self.sizes[self.size_of[row]]
+        return resized(open_upright(io.BytesIO(content)), size, self._box(line, size, crop))
+
+    def digests(self) -> Iterator[bytes]:
+        """SHA-256 of the file's, the size and the part of the picture that is taken."""
+        for row, (_, line) in enumerate(self._lines()):
+            size = self.sizes[self.size_of[row]]
+            for crop in range(self.crops):
+                box = ",".join(f"{edge:.3f}" for edge in self._box(line, size, crop))
+                yield hashlib.sha256(f"{line['sha256']} {box} to {size} lanczos".encode()).digest()
+
+    def name(self, row: int) -> str:
+        """The file in the folder, or the row's number in a data set without files."""
+        return self.line(row)["name"]
+
+    def line(self, row: int) -> dict:
+        """The row as the list has it."""
+        block, place = divmod(row, _LINES_READ)
+        start, end = self._starts[block : block + 2]
+        return json.loads(os.pread(self._list.fileno(), end - start, start).split(b"\n")[place])
+
+    def _lines(self) -> Iterator[tuple[int, dict]]:
+        """All lines with where they start."""
+        with mmap.mmap(self._list.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+            start = 0
+            for line in iter(lines.readline, b""):
+                yield start, json.loads(line)
+                start += len(line)
+
+    def _box(self, line: dict, size: tuple[int, int], crop: int) -> tuple[float, float, float, float]:
+        if self._stretch:
+            return (0, 0, *line["size"])
+        if self.crops == 1:
+            return crop_box(line["size"], size)
+        return crop_box(line["size"], size, tuple(fraction("crop", line["sha256"], str(crop), axis) for axis in "xy"))
+
+
+def _compact(values: Sequence[int], dtype=None) -> np.ndarray:
+    """As an array of the smallest integers that hold them; of one number where all are the same.
+
+    Of a million rows each byte is a megabyte in every process.
+    """
+    column = np.array(values, dtype or np.min_scalar_type(max(values)))
+    return np.broadcast_to(column[0], len(column)) if (column == column[0]).all() else column
+
+
+class _Captions(Sequence):
+    """For each row its captions, read when they are asked for."""
+
+    def __init__(self, pictures: OwnPictures):
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures.caption_counts)
+
+    def __getitem__(self, row: int) -> list[str]:
+        return self._pictures.line(row)["captions"]
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return (line["captions"] for _, line in self._pictures._lines())

@@ -1,0 +1,298 @@
+"""How likely latents are under a trained model: the bound of `bound_terms` on held-out emoji, or on any pictures:
+`python -m latentdiff.evaluation.likelihood checkpoints/emoji64`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
+from PIL import Image
+
+from ..data import emoji
+from ..data.entry_store import ENCODE_BATCH
+from ..diffusion.noise_schedule import add_noise
+from ..inference.loading import load_pipeline
+from ..inference.recipe import folder_ingredient
+from ..models.latents import encode_moments, sample_latents, to_pixels
+from ..models.loading import unet_class
+from ..models.parts import FrozenParts, encode_prompt
+from ..utils import randomness
+from ..utils.errors import ConfigError
+from ..utils.files import folder_sha256, write_whole
+from ..utils.flags import run_cli
+from .bound import Bound, denoising_term, plot_bounds, prior_term, reverse_process, stratified_timesteps, with_error
+from .processes import join_processes
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def variational_bound(
+    model: torch.nn.Module,
+    scheduler,
+    latents: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    *,
+    timesteps_per_picture: int | None = 32,
+    variance_type: str | None = None,
+    decoder_variance: float | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+) -> Bound:
+    """The bound of latents under their own captions, by the model's present weights.
+
+    Args:
+        model: called as `model(noisy_latents, timesteps, encoder_hidden_states).sample`; it has a device and a dtype.
+        scheduler: the noise that the model was trained on; see `reverse_process`.
+        latents: (N, C, h, w), scaled as the model sees them, on the CPU. encoder_hidden_states: (N, L, D).
+        timesteps_per_picture: terms of each, an unbiased estimate by `stratified_timesteps`; None sums all T.
+        variance_type: of the chain; by default the scheduler's own, see `reverse_process`.
+        decoder_variance: v; by default beta_0.
+        seed, indices: the draws for picture i follow from the seed and indices[i] (by default i) alone, so that it does
+            not matter which process measures it.
+
+    Raises:
+        ValueError: a schedule without such a chain, fewer than two timesteps, or a variance that is not positive.
+    """
+    process = reverse_process(scheduler, variance_type)
+    abar = process.alphas_cumprod
+    v = 1 - float(abar[0]) if decoder_variance is None else decoder_variance
+    if not v > 0:
+        raise ValueError(f"decoder_variance is {v}; it must be positive")
+    indices = range(len(latents)) if indices is None else indices
+    timesteps, weights = _timesteps(abar, timesteps_per_picture, seed, indices)
+    was_training = model.training
+    model.eval()
+    terms = []
+    pairs = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(timesteps.shape[1]))
+    for part in tqdm(pairs.split(batch_size), desc="measuring likelihood", unit="batch"):
+        of, columns = part.T
+        x_0, t = latents[of].double(), timesteps[of, columns]
+        noise = torch.stack([_noise(x_0.shape[1:], seed, indices[i], column) for i, column in part.tolist()])
+        x_t = add_noise(abar, x_0, noise, t)
+        seen, text = (tensor.to(model.device, model.dtype) for tensor in (x_t, encoder_hidden_states[of]))
+        output = model(seen, t.to(model.device), text).sample.cpu()
+        terms.append(denoising_term(process, output, x_0, x_t, t, v))
+    model.train(was_training)
+    return Bound(
+        prior=prior_term(process, latents),
+        timesteps=timesteps,
+        terms=torch.cat(terms).view_as(weights),
+        weights=weights,
+        dimensions=latents[0].numel(),
+        every_timestep=timesteps_per_picture is None,
+        num_train_timesteps=len(abar),
+        prediction_type=process.config.prediction_type,
+        variance_type=process.variance_type,
+        decoder_variance=v,
+        seed=seed,
+    )
+
+
+def _timesteps(
+    abar: torch.Tensor, count: int | None, seed: int, indices: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each picture the timesteps and their weights, (N, K) each."""
+    if count is None:
+        each = torch.arange(len(abar)).expand(len(indices), -1)
+        return each, torch.ones(each.shape, dtype=torch.float64)
+    streams = [randomness.generator(seed, "bound timesteps", i) for i in indices]
+    timesteps, weights = zip(*(stratified_timesteps(abar, count, stream) for stream in streams), strict=True)
+    return torch.stack(timesteps), torch.stack(weights)
+
+
+def _noise(shape: Sequence[int], seed: int, picture: int, column: int) -> torch.Tensor:
+    stream = randomness.generator(seed, "bound noise", picture, column)
+    return torch.randn(shape, generator=stream, dtype=torch.float64)
+
+
+def bound_of_pictures(
+    pipeline, images: Sequence[Image.Image], captions: Sequence[str], *, unet: torch.nn.Module | None = None, **how
+) -> Bound:
+    """The bound of captioned pictures' latents under a text-to-image pipeline.
+
+    The processes of a launch share the pictures: all of them call it, and get the same result.
+
+    Args:
+        pipeline: for its UNet, VAE, text encoder, tokenizer and scheduler.
+        images: RGB, of one size that the VAE can halve, of which the latents are drawn once from its posterior.
+        captions: one for each.
+        unet: another UNet to measure in the place of the pipeline's.
+        how: see `variational_bound`.
+
+    Raises:
+        ConfigError: no pictures, or a UNet that is given more than noisy latents, as for inpainting.
+    """
+    unet = unet or pipeline.unet
+    if unet.config.in_channels != pipeline.vae.config.latent_channels:
+        raise ConfigError(
+            f"the UNet takes {unet.config.in_channels} channels, the latents have "
+            f"{pipeline.vae.config.latent_channels}: the likelihood of an inpainting model is not defined here"
+        )
+    if not len(images):
+        raise ConfigError("likelihood: there are no pictures to measure it on")
+    state = PartialState()
+    mine = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index].tolist()
+    parts = []
+    if mine:
+        encoded = [
+            _encode(pipeline, images, captions, mine[i : i + ENCODE_BATCH]) for i in range(0, len(mine), ENCODE_BATCH)
+        ]
+        latents, text = map(torch.cat, zip(*encoded, strict=True))
+        parts = [variational_bound(unet, pipeline.scheduler, latents, text, indices=mine, **how)]
+    return Bound.joined(gather_object(parts))
+
+
+def _encode(
+    pipeline, images: Sequence[Image.Image], captions: Sequence[str], which: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some pictures' latents and their captions' hidden states, on the CPU."""
+    parts = FrozenParts(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    mean, std = (moment.cpu() for moment in encode_moments(parts.vae, to_pixels([images[i] for i in which])))
+    noise = [torch.randn(mean.shape[1:], generator=randomness.generator(0, "bound posterior", i)) for i in which]
+    latents = sample_latents(parts.vae.config, mean, std, torch.stack(noise))
+    return latents, encode_prompt(parts, [captions[i] for i in which]).cpu()
+
+
+def emoji_pictures(held_out: bool, count: int | None = None) -> tuple[list[Image.Image], list[str]]:
+    """Pictures of the default set on white with their plainest captions that name the style, in a drawn order.
+
+    Args:
+        held_out: those that are never trained on, or those that are.
+        count: at most so many; by default as many as are held out.
+    """
+    pictures = emoji.load()
+
+    def order(index: int) -> float:
+        concept, style = pictures.rows[index]
+        return randomness.fraction("likelihood", concept.key, style)
+
+    most = len(pictures.indices(held_out=True)) if count is None else count
+    chosen = sorted(pictures.indices(held_out=held_out), key=order)[:most]
+    return [pictures.composite(i) for i in chosen], [emoji.captions(*pictures.rows[i])[1] for i in chosen]
+
+
+def held_out_bound(pipeline, *, held_out: bool = True, count: int | None = None, **how) -> Bound:
+    """The bound of `emoji_pictures` under a pipeline; `how` is that of `bound_of_pictures`."""
+    return bound_of_pictures(pipeline, *emoji_pictures(held_out, count), **how)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measure the bound of a checkpoint on emoji that it was never trained on, and on as many that it was.
+
+    python -m latentdiff.evaluation.likelihood runs/mine --unet runs/mine/checkpoint-*/unet_ema --output bound.json
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    unet: tuple[Path, ...] = ()
+    """Folders of UNets of the same run, such as its checkpoints have, to measure instead of the pipeline's own."""
+    count: int | None = None
+    """Pictures of each kind; by default as many as are held out."""
+    timesteps: int = 32
+    """Terms of the bound that are drawn for each picture."""
+    all_timesteps: bool = False
+    """Sum every term instead."""
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] | None = None
+    """Of the chain; by default what the checkpoint's scheduler says, and fixed_large where it says nothing."""
+    decoder_variance: float | None = None
+    """Of the last step's density; by default beta_0."""
+    seed: int = 0
+    """Of noise and timesteps."""
+    batch_size: int = 64
+    """Noisy pictures at a time."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the networks."""
+    device: str | None = None
+    """As torch names it; by default cuda where there is one, else cpu."""
+    output: Path | None = None
+    """JSON file for the numbers."""
+    plot: Path | None = None
+    """PNG for the terms over the timesteps."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.timesteps < 2:
+            raise ConfigError(f"--timesteps is {self.timesteps}; it must be at least 2: the decoder's and another")
+        if self.decoder_variance is not None and self.decoder_variance <= 0:
+            raise ConfigError(f"--decoder-variance is {self.decoder_variance:g}; it must be positive")
+
+
+KINDS = {"held_out": True, "trained": False}
+OWN = "unet"  # what the pipeline's own UNet is called
+
+
+def main(settings: Settings) -> None:
+    """Measure each UNet, print tables, and write what is asked for."""
+    state = join_processes()
+    device = str(state.device) if state.num_processes > 1 and settings.device is None else settings.device
+    pipeline = load_pipeline(settings.checkpoint, device, settings.dtype)
+    how = {
+        "timesteps_per_picture": None if settings.all_timesteps else settings.timesteps,
+        **{name: getattr(settings, name) for name in ("count", "variance_type", "decoder_variance", "seed")},
+        "batch_size": settings.batch_size,
+    }
+    measured: dict[str, dict[str, Bound]] = {}
+    for name, unet in _unets(settings, pipeline):
+        try:
+            found = {kind: held_out_bound(pipeline, unet=unet, held_out=which, **how) for kind, which in KINDS.items()}
+        except ValueError as error:
+            raise ConfigError(f"{settings.checkpoint}: {error}") from None
+        if state.is_main_process:
+            _print(name, found, measured)
+        measured[name] = found
+    if state.is_main_process:
+        _write(settings, pipeline, measured)
+
+
+def _unets(settings: Settings, pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Each one by the last two names of its path."""
+    if not settings.unet:
+        yield OWN, pipeline.unet
+    for folder in settings.unet:
+        try:
+            unet = unet_class(folder).from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"--unet {folder}: no UNet can be loaded from it: {first_line}") from None
+        yield "/".join(folder.resolve().parts[-2:]), unet.to(pipeline.device)
+
+
+def _print(name: str, found: dict[str, Bound], earlier: dict[str, dict[str, Bound]]) -> None:
+    """The tables, and how far below the UNet before it lies."""
+    for kind, bound in found.items():
+        print(f"{name}, {kind.replace('_', ' ')} pictures\n{bound}")
+        for before in list(earlier)[-1:]:
+            print(f"{with_error(*bound.below(earlier[before][kind]))} nats below {before}")
+        print(flush=True)
+
+
+def _write(settings: Settings, pipeline, measured: dict[str, dict[str, Bound]]) -> None:
+    if settings.output is not None:
+        folders = settings.unet or (Path(pipeline.name_or_path) / OWN,)
+        unets = [
+            {"unet": name, "sha256": folder_sha256(folder), **{kind: bound.as_dict() for kind, bound in found.items()}}
+            for folder, (name, found) in zip(folders, measured.items(), strict=True)
+        ]
+        found = {"checkpoint": asdict(folder_ingredient(pipeline.name_or_path)), "unets": unets}
+        write_whole(settings.output, (json.dumps(found, indent=2) + "\n").encode())
+    if settings.plot is not None:
+        plot_bounds({name: found["held_out"] for name, found in measured.items()}, settings.plot)
+
+
+if __name__ == "__main__":
+    run_cli(main, Settings)

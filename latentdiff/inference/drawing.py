@@ -1,0 +1,180 @@
+"""Pictures from their recipes: a picture depends on nothing that its recipe does not name."""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..pipelines.img2img import LatentDiffImg2ImgPipeline
+from ..pipelines.inpaint import LatentDiffInpaintPipeline
+from ..pipelines.interpolate import LatentDiffInterpolatePipeline
+from ..pipelines.invert import LatentDiffInversionPipeline
+from ..public import LatentDiffPipeline
+from ..utils.errors import ConfigError
+from ..utils.images import crop_box, open_upright, resized
+from .loading import Networks, make_scheduler
+from .recipe import Recipe
+
+PIPELINES = {
+    "text2img": LatentDiffPipeline,
+    "img2img": LatentDiffImg2ImgPipeline,
+    "inpaint": LatentDiffInpaintPipeline,
+    "invert": LatentDiffInversionPipeline,
+    "interpolate": LatentDiffInterpolatePipeline,
+}
+
+
+def draw_pictures(
+    pipeline: Callable[..., Any],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    wanted: Collection[int] | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield (i, an RGB picture of prompt i), in batches of `batch_size` as each is drawn.
+
+    Picture i has a generator of its own, seeded with seeds[i], on the CPU: it is the same everywhere.
+
+    Args:
+        pipeline: called as any of diffusers' own that take a prompt.
+        wanted: the pictures to yield, by number; by default all. A batch is drawn whole or not at all, so that what
+            some of its pictures look like does not depend on which are wanted.
+        options: for every call of the pipeline.
+    """
+    wanted = range(len(prompts)) if wanted is None else wanted
+    with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=not wanted) as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = range(start, min(start + batch_size, len(prompts)))
+            mine = [i for i in batch if i in wanted]
+            if not mine:
+                continue
+            generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in batch]
+            images = pipeline([prompts[i] for i in batch], generator=generators, output_type="pil", **options).images
+            for i in mine:
+                yield i, images[i - start].convert("RGB")
+            progress.update(len(mine))
+
+
+def draw_recipes(
+    networks: Networks,
+    recipes: Sequence[Recipe],
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    wanted: Collection[int] | None = None,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield (i, picture of recipe i) as `draw_pictures`.
+
+    Args:
+        recipes: which differ in prompt and seed alone.
+        image, mask: those that the recipes name, of their size.
+
+    Raises:
+        ConfigError: something in a recipe that these networks cannot do.
+    """
+    recipe = recipes[0]
+    options = _options(networks, recipe)
+    if recipe.image is not None:
+        options |= {"image": image, "strength": recipe.strength}
+    if recipe.mask is not None:
+        options |= {"mask_image": mask, "mask_blur": recipe.mask_blur, "keep_unmasked": recipe.keep_unmasked}
+    if recipe.kind in ("text2img", "inpaint"):
+        options |= {"height": recipe.height, "width": recipe.width}
+    pipeline = pipeline_of(networks, recipe)
+    if recipe.kind == "invert":
+        options |= {"source_prompt": recipe.source_prompt}
+        pipeline = _without_chance(pipeline)
+    prompts, seeds = [each.prompt for each in recipes], [each.seed for each in recipes]
+    with _mistakes_in(recipe, networks):
+        yield from draw_pictures(pipeline, prompts, seeds, recipe.batch_size, wanted, **options)
+
+
+def draw_frames(networks: Networks, recipe: Recipe) -> list[Image.Image]:
+    """The frames of an interpolation.
+
+    Raises:
+        ConfigError: something in the recipe that these networks cannot do.
+    """
+    with _mistakes_in(recipe, networks):
+        return pipeline_of(networks, recipe)(
+            [recipe.prompt, *recipe.prompts],
+            [recipe.seed, *recipe.seeds],
+            recipe.frames,
+            loop=recipe.loop,
+            batch_size=recipe.batch_size,
+            height=recipe.height,
+            width=recipe.width,
+            **_options(networks, recipe),
+        ).images
+
+
+@contextlib.contextmanager
+def _mistakes_in(recipe: Recipe, networks: Networks) -> Iterator[None]:
+    """What a pipeline refuses, and a full memory, as a ConfigError."""
+    try:
+        yield
+    except ValueError as error:  # by which pipelines refuse what cannot work
+        raise ConfigError(" ".join(str(error).split())) from None
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"{networks.pipeline.device} has too little memory for {recipe.batch_size} pictures of "
+            f"{recipe.width}x{recipe.height} at a time: give a smaller --batch-size"
+        ) from None
+
+
+def _without_chance(pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline that draws no noise, called like those that do."""
+    return lambda prompts, generator, **options: pipeline(prompts, **options)
+
+
+def pipeline_of(networks: Networks, recipe: Recipe) -> DiffusionPipeline:
+    """The pipeline for a kind of recipe, on the loaded components and with the recipe's scheduler."""
+    pipeline = PIPELINES[recipe.kind].from_pipe(networks.pipeline)
+    pipeline.scheduler = make_scheduler(networks, recipe)
+    if recipe.eta and "eta" not in inspect.signature(pipeline.scheduler.step).parameters:
+        raise ConfigError(f"--eta is {recipe.eta:g}; {recipe.scheduler} has none: leave it out, or take ddim")
+    pipeline.set_progress_bar_config(disable=None, desc="steps", leave=False)  # on a terminal alone
+    return pipeline
+
+
+def _options(networks: Networks, recipe: Recipe) -> dict[str, Any]:
+    """What all kinds of pipelines take."""
+    interval = recipe.guidance_interval
+    if interval is not None and interval[1] is None:
+        interval = (interval[0], math.inf)
+    if recipe.clip is not None:
+        networks.clip.model.scale = recipe.clip_guidance
+    options = {
+        "negative_prompt": recipe.negative_prompt or None,
+        "num_inference_steps": recipe.num_inference_steps,
+        "guidance_scale": recipe.guidance_scale,
+        "guidance_rescale": recipe.guidance_rescale,
+        "guidance_interval": interval,
+        "prompt_weights": recipe.prompt_weights,
+        "long_prompts": recipe.long_prompts,
+        "guide_unet": None if recipe.guide_unet is None else networks.guide_unet.model,
+        "clip_guidance": None if recipe.clip is None else networks.clip.model,
+    }
+    return options if recipe.kind == "invert" else options | {"eta": recipe.eta}
+
+
+def open_input(path: Path, flag: str, width: int, height: int) -> Image.Image:
+    """A picture to edit, or a mask, upright and in RGB: its middle, at the size that is drawn.
+
+    Raises:
+        ConfigError: it is not there, or no picture that can be read.
+    """
+    try:
+        image = open_upright(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{flag} {path}: no such file") from None
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise ConfigError(f"{flag} {path} cannot be read as a picture: {type(error).__name__}") from None
+    return resized(image, (width, height), crop_box(image.size, (width, height)))

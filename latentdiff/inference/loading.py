@@ -1,0 +1,213 @@
+"""What pictures are drawn with: a saved pipeline and what guides it, found, loaded, and named for their recipes."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.schedulers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from diffusers.utils import is_peft_available
+from safetensors import SafetensorError
+
+from ..diffusion.clip_guidance import ClipGuidance
+from ..diffusion.scheduling_consistency import ConsistencyScheduler
+from ..diffusion.scheduling_ddim import DDIMScheduler
+from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..models.loading import hide_loading_bars, load_guide_unet
+from ..public import LatentDiffPipeline
+from ..utils.errors import ConfigError
+from .recipe import Ingredient, Recipe, folder_ingredient
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": ConsistencyScheduler,
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Something loaded, and what a recipe calls it."""
+
+    model: Any
+    ingredient: Ingredient
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What pictures are drawn with."""
+
+    pipeline: LatentDiffPipeline
+    checkpoint: Ingredient
+    own_scheduler: SchedulerMixin
+    """The checkpoint's, from which the others take their settings."""
+    guide_unet: Network | None = None
+    clip: Network | None = None
+    """A `ClipGuidance`."""
+    ema_sigma_rel: float | None = None
+    """Which average of the weights was taken in place of the one that was saved."""
+    lora: Ingredient | None = None
+    """The LoRA weights that the pipeline has."""
+
+    def in_recipes(self) -> dict[str, Any]:
+        """What a recipe says of the checkpoint and of where and how it is run."""
+        return {
+            "checkpoint": self.checkpoint,
+            "ema_sigma_rel": self.ema_sigma_rel,
+            "lora": self.lora,
+            "dtype": str(self.pipeline.dtype).removeprefix("torch."),
+            "device": self.pipeline.device.type,
+        }
+
+
+def load_networks(
+    checkpoint: str,
+    device: str | None = None,
+    dtype: str = "fp32",
+    guide_unet: Path | None = None,
+    clip: Path | None = None,
+    ema_sigma_rel: float | None = None,
+    lora: Path | None = None,
+) -> Networks:
+    """A checkpoint and what guides it, on their device.
+
+    Args:
+        checkpoint: a folder, or a Hub id.
+        dtype: one of `DTYPES`, of the pipeline and the guiding UNet.
+        guide_unet: the folder of a UNet, or of a pipeline that has one.
+        clip: the folder of a CLIP with its tokenizer and its preprocessor's config.
+        ema_sigma_rel: as `load_pipeline`.
+        lora: the folder of LoRA weights for the checkpoint's networks; with a scheduler's configuration in it, they
+            are a consistency model's.
+
+    Raises:
+        ConfigError: one of them is not there or cannot be loaded.
+    """
+    pipeline = load_pipeline(checkpoint, device, dtype, ema_sigma_rel)
+    lora_ingredient = None if lora is None else _load_lora(lora, pipeline)
+    hub_id = None if Path(checkpoint).exists() else checkpoint
+    return Networks(
+        pipeline=pipeline,
+        checkpoint=folder_ingredient(pipeline.name_or_path, hub_id),  # the very files that were loaded
+        own_scheduler=pipeline.scheduler,
+        guide_unet=None if guide_unet is None else _load_guide_unet(guide_unet, pipeline),
+        clip=None if clip is None else load_clip(clip, pipeline),
+        ema_sigma_rel=ema_sigma_rel,
+        lora=lora_ingredient,
+    )
+
+
+def load_pipeline(
+    checkpoint: str, device: str | None, dtype: str = "fp32", ema_sigma_rel: float | None = None
+) -> LatentDiffPipeline:
+    """A `LatentDiffPipeline` on its device, without progress bars of its own.
+
+    Args:
+        ema_sigma_rel: the width of the average of the weights to take from the snapshots that its training kept; by
+            default the weights are those that were saved.
+
+    Raises:
+        ConfigError: nothing that can be loaded is there.
+    """
+    folder = Path(checkpoint)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ConfigError(f"{checkpoint} holds no model_index.json: give the folder of a whole saved pipeline")
+    if not folder.exists() and not HUB_ID.fullmatch(checkpoint):
+        raise ConfigError(f"{checkpoint}: no such folder (nor is it the name of a model on the Hub, owner/name)")
+    hide_loading_bars()
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"--device {device}: not a device that torch knows, such as cpu, cuda or cuda:1") from None
+    try:
+        files = folder if folder.exists() else LatentDiffPipeline.download(checkpoint)
+        pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype])
+        if ema_sigma_rel is not None:
+            pipeline.load_ema(ema_sigma_rel, source=checkpoint)  # on the Hub a loaded model comes without its snapshots
+    except (OSError, ValueError) as error:
+        where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
+        raise ConfigError(f"{checkpoint}: {where}: {_first_line(error)}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(place)
+
+
+def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
+    unet = load_guide_unet(folder, "--guide-unet", dtype=pipeline.dtype)
+    return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))
+
+
+def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
+    """Give the pipeline the LoRA weights in a folder, and the scheduler that they were distilled for, if they were."""
+    if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        raise ConfigError(f"--lora {folder}: holds no {LORA_WEIGHT_NAME_SAFE}")
+    if not is_peft_available():
+        raise ConfigError("--lora: needs the package peft: pip install 'latentdiff[lora]'")
+    try:
+        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {_first_line(error)}") from None
+    if (folder / SCHEDULER_CONFIG_NAME).is_file():
+        pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder)
+    return folder_ingredient(folder)
+
+
+def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", scale: float = 0.0) -> Network:
+    """A CLIP with its tokenizer as a `ClipGuidance`, on the pipeline's device.
+
+    Raises:
+        ConfigError: there is none in the folder; it is named by the flag that gave it.
+    """
+    if not folder.is_dir():  # else transformers would look for it on the Hub
+        raise ConfigError(f"{flag} {folder}: no such folder")
+    try:
+        clip = ClipGuidance.from_pretrained(folder, scale=scale)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{flag} {folder}: no CLIP can be loaded from it: {_first_line(error)}") from None
+    return Network(clip.to(pipeline.device), folder_ingredient(folder))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def scheduler_class(networks: Networks, name: str) -> type[SchedulerMixin]:
+    """The class that a recipe names: one that the command line offers, or the checkpoint's own.
+
+    Raises:
+        ConfigError: neither.
+    """
+    own = type(networks.own_scheduler)
+    known = {kind.__name__: kind for kind in (own, *SCHEDULERS.values())}
+    if name not in known:
+        raise ConfigError(f"scheduler {name!r} is not known here; it may be {', '.join(known)}")
+    return known[name]
+
+
+def make_scheduler(networks: Networks, recipe: Recipe) -> SchedulerMixin:
+    """The recipe's scheduler, with the checkpoint's settings but for those that the recipe changes.
+
+    Raises:
+        ConfigError: an unknown class, or one that has no use for what the recipe sets.
+    """
+    kind = scheduler_class(networks, recipe.scheduler)
+    changes: dict[str, Any] = {}
+    if recipe.timestep_spacing is not None:
+        changes["timestep_spacing"] = recipe.timestep_spacing
+    if recipe.karras_sigmas:
+        changes["use_karras_sigmas"] = True
+    known = kind._get_init_keys(kind)
+    if kind is ConsistencyScheduler:  # whose timesteps are those that the model was distilled at
+        known = known - {"timestep_spacing"}
+    for name in changes.keys() - known:
+        raise ConfigError(f"{kind.__name__} has no {name}: leave it out, or take another --scheduler")
+    settings = {name: value for name, value in networks.own_scheduler.config.items() if name in known}
+    return kind.from_config(settings, **changes)

@@ -1,0 +1,318 @@
+"""A picture's recipe: everything that it follows from, kept in the PNG itself and read back without trusting the file.
+
+Two of the PNG's text chunks hold it: "latentdiff" as JSON, from which the picture can be drawn again, and "parameters"
+in the words of AUTOMATIC1111's page, which viewers of such pictures show.
+"""
+
+import hashlib
+import io
+import json
+import os
+import types
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from PIL import Image, PngImagePlugin
+
+from ..utils.errors import ConfigError
+from ..utils.files import folder_sha256, write_whole
+
+CHUNK = "latentdiff"
+MAX_RECIPE = 2**19  # characters of JSON that are looked at
+MAX_TEXT = 2**15  # of all prompts together, of which JSON makes twelve times as many at the worst
+# What a recipe may ask for, so that a file from somewhere cannot keep a machine busy for days.
+MAX_SIDE = 8192
+MAX_STEPS = 10_000
+MAX_BATCH = 1024
+MAX_PIXELS = 2**28  # of all pictures that are drawn at a time
+MAX_SEED = 2**63 - 1
+MAX_FRAMES = 10_000
+MAX_NAME = 200
+
+Kind = Literal["text2img", "img2img", "inpaint", "invert", "interpolate"]
+SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DDPMScheduler": "DDPM",
+    "EulerDiscreteScheduler": "Euler",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "UniPCMultistepScheduler": "UniPC",
+    "ConsistencyScheduler": "LCM",
+}
+
+
+class RecipeError(ConfigError):
+    """A picture without a recipe, or with one that cannot be followed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredient:
+    """A file or folder that a picture is made with.
+
+    Raises:
+        RecipeError: a name of several lines, or a hash that is none.
+    """
+
+    name: str
+    """A file's or folder's own name or a Hub id; never where it lies on somebody's machine."""
+    sha256: str
+    """Of a file's bytes, or as `folder_sha256`."""
+
+    def __post_init__(self) -> None:
+        if not self.name.isprintable() or not 0 < len(self.name) <= MAX_NAME:
+            raise RecipeError(f"the name {self.name[:MAX_NAME]!r} must be one line of at most {MAX_NAME} characters")
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise RecipeError(f"the hash of {self.name!r} is no SHA-256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one picture, or one interpolation, follows from. None: this kind of picture has no such thing.
+
+    Raises:
+        RecipeError: a value that is out of its range, or that this kind of picture lacks or has no use for.
+    """
+
+    kind: Kind
+    prompt: str
+    negative_prompt: str = ""
+    seed: int
+    """The picture starts from the noise of a CPU generator with this seed, and each step draws from it, too."""
+    num_inference_steps: int
+    scheduler: str
+    """Name of its class; its settings are the checkpoint's but for the next two."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    karras_sigmas: bool = False
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float | None] | None = None
+    """(sigma_lo, sigma_hi); None in the second place: no upper end."""
+    eta: float = 0.0
+    height: int
+    width: int
+    prompt_weights: bool = False
+    long_prompts: bool = False
+    guide_unet: Ingredient | None = None
+    clip: Ingredient | None = None
+    clip_guidance: float | None = None
+    """Scale of the guidance by `clip`."""
+    image: Ingredient | None = None
+    """The picture that is edited."""
+    strength: float | None = None
+    mask: Ingredient | None = None
+    mask_blur: int | None = None
+    """Pixels around the mask over which the painting passes into the picture."""
+    keep_unmasked: bool | None = None
+    source_prompt: str | None = None
+    """What the edited picture shows, for an edit through its own noise."""
+    prompts: tuple[str, ...] | None = None
+    """The stations of an interpolation after `prompt`."""
+    seeds: tuple[int, ...] | None = None
+    """The noise of the stations after `seed`, one for each."""
+    frames: int | None = None
+    loop: bool | None = None
+    columns: int | None = None
+    """Frames that are shown in a row."""
+    batch_size: int = 1
+    """Pictures drawn at a time, copies of which are needed to draw this one again to the last bit: a network's sums are
+    rounded in another order in a batch of another size."""
+    checkpoint: Ingredient
+    ema_sigma_rel: float | None = None
+    """Relative width of the average of the weights, where it was chosen when they were loaded (arXiv 2312.02696)."""
+    lora: Ingredient | None = None
+    """LoRA weights on the checkpoint's networks."""
+    dtype: str
+    device: str
+    """Kind of device, such as "cpu"."""
+    version: str
+    """Of latentdiff."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise RecipeError(f"{name} is {value}; it must lie in {low:g} … {high:g}")
+        texts = (self.prompt, self.negative_prompt, self.source_prompt or "", *(self.prompts or ()))
+        if (length := sum(map(len, texts))) > MAX_TEXT:
+            raise RecipeError(f"the prompts have {length} characters; {MAX_TEXT} are the most")
+        if (pixels := self.width * self.height * self.batch_size) > MAX_PIXELS:
+            raise RecipeError(
+                f"{self.batch_size} pictures of {self.width}x{self.height} have {pixels} pixels; "
+                f"{MAX_PIXELS} are the most at a time"
+            )
+        if not all(0 <= seed <= MAX_SEED for seed in self.seeds or ()):
+            raise RecipeError(f"seeds are {self.seeds}; each must lie in 0 … {MAX_SEED:g}")
+        for name in ("scheduler", "dtype", "device", "version"):
+            value = getattr(self, name)
+            if not value.isprintable() or len(value) > MAX_NAME:
+                raise RecipeError(f"{name} must be one line of at most {MAX_NAME} characters")
+        own = _OF_KIND[self.kind]
+        for name in sorted(set().union(*_OF_KIND.values())):
+            if (getattr(self, name) is not None) != (name in own):
+                raise RecipeError(f"{self.kind} {'needs' if name in own else 'has no use for'} {name}")
+        if (self.clip is None) != (self.clip_guidance is None):
+            raise RecipeError("clip and clip_guidance go together")
+        if len(self.prompts or ()) != len(self.seeds or ()):
+            raise RecipeError(f"{len(self.prompts or ())} prompts and {len(self.seeds or ())} seeds: must be as many")
+
+    def to_json(self) -> str:
+        """One line of JSON, what is None left out."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Read what `to_json` wrote, whoever wrote it.
+
+        Raises:
+            RecipeError: not JSON, too long, a key that is not known or missing, a value of another type or range.
+        """
+        if len(text) > MAX_RECIPE:
+            raise RecipeError(f"it has {len(text)} characters; {MAX_RECIPE} are the most that are read")
+        try:
+            values = json.loads(text)
+            json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # half a character, or nan, is no JSON
+        except (ValueError, RecursionError):
+            raise RecipeError("it is not JSON") from None
+        return _dataclass_of(cls, values, "it")
+
+    def parameters(self) -> str:
+        """The recipe as AUTOMATIC1111's page writes it: prompt, negative prompt, and a line of "name: value"."""
+        sampler = SAMPLERS.get(self.scheduler, self.scheduler) + (" Karras" if self.karras_sigmas else "")
+        settings = {
+            "Steps": self.num_inference_steps,
+            "Sampler": sampler,
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model hash": self.checkpoint.sha256[:10],
+            "Model": self.checkpoint.name,
+            "Denoising strength": None if self.strength is None else f"{self.strength:g}",
+            "Eta": f"{self.eta:g}" if self.eta else None,
+            "CFG Rescale phi": f"{self.guidance_rescale:g}" if self.guidance_rescale else None,
+            "Version": f"latentdiff {self.version}",
+        }
+        line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
+        negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt else []
+        return "\n".join([" -> ".join((self.prompt, *(self.prompts or ()))), *negative, line])
+
+
+_RANGES = (
+    ("seed", 0, MAX_SEED),
+    ("num_inference_steps", 1, MAX_STEPS),
+    ("height", 1, MAX_SIDE),
+    ("width", 1, MAX_SIDE),
+    ("eta", 0, 1),
+    ("guidance_rescale", 0, 1),
+    ("strength", 0, 1),
+    ("clip_guidance", 0, MAX_SEED),
+    ("mask_blur", 0, MAX_SIDE),
+    ("frames", 2, MAX_FRAMES),
+    ("columns", 2, MAX_FRAMES),
+    ("batch_size", 1, MAX_BATCH),
+    ("ema_sigma_rel", 0, 1),
+)
+# What belongs to some kinds of picture only.
+_OF_KIND: dict[str, tuple[str, ...]] = {
+    "text2img": (),
+    "img2img": ("image", "strength"),
+    "inpaint": ("image", "mask", "strength", "mask_blur", "keep_unmasked"),
+    "invert": ("image", "strength", "source_prompt"),
+    "interpolate": ("prompts", "seeds", "frames", "loop", "columns"),
+}
+
+
+def _quoted(value: Any) -> str:
+    """A value for the line of settings, in quotes where it holds what separates them."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+# ---- reading what may be anything
+
+
+def _dataclass_of(kind: type, values: Any, where: str) -> Any:
+    """A dataclass from JSON's dictionary: every key known, every value of its type, nothing missing."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} is not a dictionary")
+    known, required = get_type_hints(kind), {f.name for f in fields(kind) if _is_required(f)}
+    for problem, names in (("an unknown", values.keys() - known.keys()), ("no", required - values.keys())):
+        if names:
+            raise RecipeError(f"{where} has {problem} {sorted(names)[0][:MAX_NAME]!r}")
+    return kind(**{name: _typed(value, known[name], name) for name, value in values.items()})
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is field.default_factory  # both are dataclasses' MISSING
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """The value as its annotation says, an integer for a float and a list for a tuple; else a RecipeError."""
+    choices, origin = get_args(kind), get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _typed(value, choices[0], name)
+    if origin is tuple and isinstance(value, list):
+        kinds = [choices[0]] * len(value) if choices[-1] is Ellipsis else choices
+        if len(kinds) == len(value):
+            return tuple(_typed(*pair, name) for pair in zip(value, kinds, strict=True))
+    elif kind is Ingredient:
+        return _dataclass_of(kind, value, name)
+    elif origin is Literal and isinstance(value, str) and value in choices:
+        return value
+    elif kind is float and type(value) in (int, float) and abs(value) <= MAX_SEED:
+        return float(value)
+    elif kind in (str, int, bool) and type(value) is kind:
+        return value
+    what = ", ".join(choices) if origin is Literal else getattr(kind, "__name__", kind)
+    raise RecipeError(f"its {name} is not what it must be: {what}")
+
+
+# ---- files
+
+
+def save_png(image: Image.Image, path: str | os.PathLike, recipe: Recipe) -> None:
+    """Write a PNG that carries its recipe; a file that is there is replaced whole or not at all."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(CHUNK, recipe.to_json())
+    chunks.add_text("parameters", recipe.parameters())
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=chunks)
+    write_whole(path, stream.getvalue())
+
+
+def read_recipe(path: str | os.PathLike) -> Recipe:
+    """The recipe in a PNG; its pixels are not decoded.
+
+    Raises:
+        RecipeError: no such file, no PNG, no recipe in it, or one that cannot be followed.
+    """
+    try:
+        with warnings.catch_warnings(action="error"), Image.open(path, formats=("PNG",)) as image:
+            text = image.info.get(CHUNK)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError):
+        raise RecipeError(f"{path} cannot be read as a PNG, the kind of file that carries a recipe") from None
+    if not isinstance(text, str):
+        raise RecipeError(f"{path} carries no recipe: latentdiff did not draw it, or a program took the recipe out")
+    try:
+        return Recipe.from_json(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: its recipe cannot be followed: {error}") from None
+
+
+def file_ingredient(path: str | os.PathLike) -> Ingredient:
+    """A file by its name and the SHA-256 of its bytes."""
+    with open(path, "rb") as file:
+        return Ingredient(name=_printable(Path(path).name), sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def folder_ingredient(folder: str | os.PathLike, hub_id: str | None = None) -> Ingredient:
+    """A saved pipeline or model by its Hub id or its folder's last name, and its hash."""
+    name = hub_id or Path(folder).resolve().name
+    return Ingredient(name=_printable(name), sha256=folder_sha256(folder))
+
+
+def _printable(name: str) -> str:
+    """A file's name as one line: what cannot be printed becomes a question mark."""
+    return "".join(character if character.isprintable() else "?" for character in name)[:MAX_NAME] or "?"

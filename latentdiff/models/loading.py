@@ -1,0 +1,149 @@
+"""Load the networks of a Stable-Diffusion-shaped folder or Hub id."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import diffusers
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..utils.errors import ConfigError
+from .parts import FrozenParts, freeze
+from .unet import UNET_CLASSES, UNet
+
+logger = logging.getLogger(__name__)
+
+
+def load_frozen(path: str, revision: str | None = None, variant: str | None = None) -> FrozenParts:
+    """VAE, text encoder and tokenizer of a Stable-Diffusion-shaped folder or Hub id, in fp32, eval mode, no gradients.
+
+    Raises:
+        ConfigError: one of them is not there or cannot be read.
+    """
+    parts = {}
+    for name, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("tokenizer", CLIPTokenizer)):
+        options = {"subfolder": name, "revision": revision}
+        if kind is not CLIPTokenizer:
+            options |= {"variant": variant or _variant_of(path, name), "use_safetensors": True}
+        parts[name] = _load(kind, path, options)
+    if set(parts["tokenizer"].get_vocab()) <= set(parts["tokenizer"].all_special_tokens):
+        # transformers makes an empty one where its files are missing; all captions would be the same to it
+        raise ConfigError(f"pretrained_model_name_or_path: no tokenizer could be loaded from {path!r} (it is empty)")
+    return FrozenParts(freeze(parts["vae"].float()), freeze(parts["text_encoder"].float()), parts["tokenizer"])
+
+
+def load_vae(path: str) -> AutoencoderKL:
+    """The VAE of a Stable-Diffusion-shaped folder or Hub id, in fp32, whose decoder is to go on training.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+    """
+    options = {"subfolder": "vae", "variant": _variant_of(path, "vae"), "use_safetensors": True}
+    return _load(AutoencoderKL, path, options, setting="decoder_of").float()
+
+
+def load_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNet:
+    """The UNet of a Stable-Diffusion-shaped folder or Hub id, in fp32, to go on training.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+    """
+    variant = variant or _variant_of(path, "unet")
+    options = {"subfolder": "unet", "revision": revision, "variant": variant, "use_safetensors": True}
+    return _load(unet_class(path, subfolder="unet", revision=revision), path, options).float()
+
+
+def load_guide_unet(folder: str | Path, setting: str, **options) -> UNet:
+    """A UNet from its folder or that of a pipeline that has one.
+
+    Args:
+        setting: what named it, for the error.
+        options: as `from_pretrained` takes them, such as `dtype`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(folder)
+    if (folder / "unet" / "config.json").is_file():
+        folder = folder / "unet"
+    try:
+        return unet_class(folder).from_pretrained(str(folder), use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{setting} {folder}: no UNet can be loaded from it: {what}") from None
+
+
+def unet_class(path: str | os.PathLike, **options) -> type[UNet]:
+    """Which kind of UNet a folder or Hub id holds; diffusers' own where its config.json does not say.
+
+    Args:
+        options: as `from_pretrained` takes them, such as `subfolder`.
+    """
+    try:
+        config = UNet2DConditionModel.load_config(str(path), **options)
+    except (OSError, ValueError):  # loading it says what is wrong
+        return UNet2DConditionModel
+    return UNET_CLASSES.get(config.get("_class_name"), UNet2DConditionModel)
+
+
+def _variant_of(path: str, name: str) -> str | None:
+    """ "fp16" where a local folder holds only that variant of the part's weights."""
+    weights = [file.name for file in (Path(path) / name).glob("*.safetensors")]
+    return "fp16" if weights and all(".fp16." in file for file in weights) else None
+
+
+def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_or_path"):
+    """From safetensors, or of an old model that has none, from what torch reads without running any code."""
+    folder = Path(path) / options["subfolder"]
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        logger.warning("%s holds no safetensors: its pickled weights are read with weights_only=True", folder)
+        options = options | {"use_safetensors": False}
+    try:
+        with _only_weights_unpickled():
+            return kind.from_pretrained(path, **options)
+    except UnpicklingError as error:
+        raise ConfigError(
+            f"{setting}: no {options['subfolder']} could be loaded from {path!r} (its pickle holds more than weights)"
+        ) from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        first_line = (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+        raise ConfigError(
+            f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
+        ) from error
+
+
+@contextmanager
+def _only_weights_unpickled() -> Iterator[None]:
+    """torch.load refuses to run code in this block, whatever a library or the environment asks of it."""
+    kept = {name: os.environ.pop(name, None) for name in ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",)}
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+def hide_loading_bars() -> None:
+    """Switch off the libraries' bars for loading and saving weights, which take no time here and hide our own lines."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_schedule(source: str, revision: str | None = None) -> DDPMScheduler:
+    """The noise schedule of a Stable-Diffusion-shaped folder or Hub id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return DDPMScheduler.from_pretrained(source, subfolder="scheduler", revision=revision)
+    except OSError:
+        raise ConfigError(f"pretrained_model_name_or_path: no scheduler in {source!r}") from None

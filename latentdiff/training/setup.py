@@ -1,0 +1,205 @@
+"""What a run is set up with before its first step: accelerator, networks, noise schedule, learning rate."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.optimization import get_scheduler
+
+from ..config.train import TrainConfig
+from ..data.batches import Batches
+from ..diffusion.scheduling_consistency import ConsistencyScheduler
+from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..models.latents import downsampling_factor
+from ..models.loading import hide_loading_bars, load_frozen, load_schedule, load_unet
+from ..models.lora import add_lora
+from ..models.mp_unet import MPUNet2DConditionModel
+from ..models.parts import FrozenParts, with_trained_text_encoder
+from ..models.unet import UNet, add_guidance_input, build_unet, compile_blocks, use_fast_attention, widen_input
+from ..utils.errors import ConfigError
+from .deepspeed import is_zero, zero_plugin
+from .fsdp import ShardingAccelerator, sharding_plugin
+
+
+def start(config: TrainConfig) -> tuple[Accelerator, Path]:
+    """The accelerator and the output folder, with the run's whole configuration in it.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the tracker is unknown.
+    """
+    hide_loading_bars()
+    output_dir = make_output_dir(config, lambda folder: config.save(folder / "train_config.yaml"))
+    return make_accelerator(config), output_dir
+
+
+def make_output_dir(config: TrainConfig, write: Callable[[Path], None] = lambda folder: None) -> Path:
+    """The output folder, created if need be, with what `write` puts into it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write(output_dir)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({error.strerror})") from None
+    return output_dir
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator that the settings ask for, with its tracker started.
+
+    Raises:
+        ConfigError: the precision or the way to shard is not to be had here, or the tracker is unknown.
+    """
+    fsdp, zero = sharding_plugin(config), zero_plugin(config)
+    tracker, output_dir = None if config.report_to == "none" else config.report_to, config.output_dir
+    try:
+        accelerator = ShardingAccelerator(
+            # Not as a number, which one of the launcher's, meant for DeepSpeed, would silently replace.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
+            mixed_precision=config.mixed_precision,
+            fsdp_plugin=fsdp,
+            deepspeed_plugin=zero,
+            log_with=tracker,
+            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
+        )
+        if tracker:
+            accelerator.init_trackers("latentdiff")
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"mixed_precision or report_to: {str(error).splitlines()[0]}") from None
+    if fsdp and not accelerator.is_fsdp2:
+        raise ConfigError("accelerate's use_fsdp: there are no GPUs, or no processes of its launcher, to shard over")
+    if zero and not is_zero(accelerator):
+        raise ConfigError("accelerate's use_deepspeed: there are no GPUs, or no processes of its launcher")
+    return accelerator
+
+
+def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler | ConsistencyScheduler]:
+    """The parts around the UNet, the UNet in fp32 and the noise schedule, as the scheduler of what is trained.
+
+    Raises:
+        ConfigError: a part is missing, the UNet does not fit the VAE or the text encoder, or that cannot be trained.
+    """
+    source = config.pretrained_model_name_or_path
+    parts = load_frozen(source, config.revision, config.variant)
+    latent_channels, text_width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
+    # For inpainting the noisy latents, the mask and the masked picture's latents.
+    in_channels = 2 * latent_channels + 1 if config.task == "inpaint" else latent_channels
+    scheduler = _noise_schedule(config)
+    if config.unet == "pretrained":
+        unet = load_unet(source, config.revision, config.variant)
+    else:
+        unet = build_unet(
+            config.unet,
+            latent_channels=latent_channels,
+            in_channels=in_channels,
+            sample_size=(config.resolution or parts.vae.config.sample_size) // downsampling_factor(parts.vae),
+            cross_attention_dim=text_width,
+            seed=config.seed,
+            schedule=scheduler.config,
+            learned_uncertainty=config.learned_uncertainty,
+        )
+    _check_fits(config, unet, latent_channels, in_channels, text_width)
+    if unet.config.in_channels != in_channels:
+        widen_input(unet, in_channels)
+    if config.consistency is not None:
+        scheduler = ConsistencyScheduler.from_config(
+            scheduler.config, original_inference_steps=config.consistency_steps
+        )
+        if config.has_teacher and len(config.consistency_guidance) == 2:
+            add_guidance_input(unet)
+    if isinstance(unet, MPUNet2DConditionModel):
+        _settle_schedule(unet, scheduler)
+    use_fast_attention(unet)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.train_text_encoder:
+        parts = with_trained_text_encoder(parts, config.gradient_checkpointing)
+    if config.lora_rank is not None:
+        add_lora(unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
+    if config.dynamo_backend is not None:
+        compile_blocks(unet, config.dynamo_backend)
+    return parts, unet, scheduler
+
+
+def _settle_schedule(unet: MPUNet2DConditionModel, scheduler: DDPMScheduler) -> None:
+    """A pretrained one may have been saved with another prediction type than the run's, which it can all put out."""
+    try:
+        unet.follow_schedule(scheduler.config)
+    except ValueError as error:
+        raise ConfigError(f"unet: {error}") from None
+
+
+def _check_fits(config: TrainConfig, unet: UNet, latent_channels: int, in_channels: int, text_width: int) -> None:
+    has = unet.config.in_channels
+    if has not in {latent_channels, in_channels} or unet.config.cross_attention_dim != text_width:
+        hint = "; an inpainting model goes on with --task inpaint" if has == 2 * latent_channels + 1 else ""
+        raise ConfigError(
+            f"unet: it takes {has} channels and text of {unet.config.cross_attention_dim}; "
+            f"VAE and text encoder give {in_channels} and {text_width}{hint}"
+        )
+    if config.lora_rank is not None and has != in_channels:
+        raise ConfigError(
+            f"lora_rank: task 'inpaint' has to train the inputs that a UNet of {has} channels lacks, and adapters are "
+            f"on attention alone; leave it out, or start from an inpainting model ({in_channels} channels)"
+        )
+
+
+def _noise_schedule(config: TrainConfig) -> DDPMScheduler:
+    """A new schedule or the pretrained model's own, with what the settings change in it."""
+    if config.unet == "pretrained":
+        scheduler = load_schedule(config.pretrained_model_name_or_path, config.revision)
+    else:
+        scheduler = DDPMScheduler(
+            beta_schedule=config.beta_schedule,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
+    changes = {"prediction_type": config.prediction_type} if config.prediction_type else {}
+    if config.rescale_betas_zero_snr:  # then the last timestep has to be drawn from: section 3.3 of arXiv 2305.08891
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = DDPMScheduler.from_config(scheduler.config, **changes)
+    if scheduler.config.rescale_betas_zero_snr:
+        _check_zero_terminal_snr(config, scheduler.config.prediction_type)
+    return scheduler
+
+
+def _check_zero_terminal_snr(config: TrainConfig, prediction_type: str) -> None:
+    if prediction_type == "epsilon":
+        raise ConfigError(
+            "rescale_betas_zero_snr: with zero terminal SNR the last step is all noise, and an epsilon says nothing of "
+            "the picture there; choose --prediction_type v_prediction or sample"
+        )
+    if config.snr_gamma is not None:
+        raise ConfigError(
+            "snr_gamma: with zero terminal SNR its weight is 0 at the last step, from which pictures are drawn; "
+            "leave one of the two out"
+        )
+
+
+def optimizer_steps(config: TrainConfig, batches: Batches) -> int:
+    """How many the run takes: `max_train_steps`, or what `num_train_epochs` passes over the data make."""
+    if config.num_train_epochs is None:
+        return config.max_train_steps
+    return -(-config.num_train_epochs * batches.epoch_length // batches.global_batch)
+
+
+def learning_rate_at(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step alone, so that a resume has nothing to restore."""
+    if config.lr_scheduler == "inverse_sqrt":  # of Karras et al. 2023, arXiv 2312.02696, section 2
+        start, warmup = config.lr_decay_start_steps, config.lr_warmup_steps
+        return lambda step: (
+            config.learning_rate * min((step + 1) / max(warmup, 1), 1) / max((step + 1) / start, 1) ** 0.5
+        )
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # diffusers' schedules are factors that hang on an optimizer
+    schedule = get_scheduler(
+        config.lr_scheduler, unused, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
+    )
+    (factor,) = schedule.lr_lambdas
+    return lambda step: config.learning_rate * factor(step + 1 if step < config.lr_warmup_steps else step)

@@ -1,0 +1,69 @@
+"""Where files lie, files written whole or not at all, and what they are known by."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where the built emoji and everything encoded is kept: $LATENTDIFF_CACHE, else the user's cache folder."""
+    base = os.environ.get("LATENTDIFF_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentdiff"
+
+
+def packaged_checkpoint() -> str:
+    """The shipped checkpoint beside the package in a checkout; a plain relative path elsewhere."""
+    beside = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji64"
+    return os.path.relpath(beside) if beside.is_dir() else "checkpoints/emoji64"
+
+
+def write_whole(path: str | os.PathLike, content: bytes) -> None:
+    """Write aside, sync, rename: nobody ever finds half a file. The folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def folder_sha256(folder: str | os.PathLike) -> str:
+    """SHA-256 over the names and contents of the configs, vocabularies and safetensors of a pipeline or a model.
+
+    Of a pipeline only the folders of its parts count, not what else lies there, such as pictures and checkpoints of its
+    training. A file is read once in a process unless it changes.
+    """
+    folder = Path(folder)
+    roots = [path for path in folder.iterdir() if path.is_dir()] if (folder / "model_index.json").is_file() else []
+    if roots:
+        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        roots = [root for root in roots if isinstance(parts.get(root.name), list)]
+    digest = hashlib.sha256()
+    for path in sorted(path for root in roots or [folder] for path in _read_at_loading(root)):
+        status = path.stat()
+        content = _content_sha256(path, status.st_size, status.st_mtime_ns)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_at_loading(folder: Path) -> list[Path]:
+    """A part's configs, vocabularies and weights; pickled ones only where there are no others."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    weights = ".safetensors" if any(path.suffix == ".safetensors" for path in files) else ".bin"
+    return [path for path in files if path.suffix in (".json", ".txt", weights)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_sha256(path: Path, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

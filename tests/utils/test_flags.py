@@ -1,0 +1,86 @@
+"""What a user is told when a command ends early, and with which status."""
+
+import contextlib
+import errno
+import io
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from latentdiff.utils.errors import ConfigError, RunStopped
+from latentdiff.utils.flags import parse_flags, user_errors
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("unet: wrong"), 2, "error: unet: wrong"),
+        (RunStopped("step 3: over"), 1, "error: step 3: over"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/log.jsonl"),
+            1,
+            "error: /x/log.jsonl: No space left on device",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 1, "error: /x: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: writing a file: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_line_and_a_status(capsys, error, status, line):
+    with pytest.raises(SystemExit) as end, user_errors():
+        raise error
+    assert end.value.code == status and capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
+def test_a_fault_of_ours_keeps_its_traceback(error):
+    """It would look like a user's mistake, and nobody could find it."""
+    with pytest.raises(type(error)), user_errors():
+        raise error
+
+
+@dataclass
+class Flags:
+    """A few."""
+
+    name: str
+    """A name."""
+    how_many: int = 1
+    """A number."""
+    share: float | None = None
+    """Another."""
+    shape: Literal["round", "square"] = "round"
+    """A choice."""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--name", "a", "--how_many", "x" * 150], f"--how_many: '{'x' * 150}' is not a whole number"),
+        (["--name", "a", "--share", "half"], "--share: 'half' is not {None}|FLOAT"),
+        (["--name", "a", "--shape", "oval"], "--shape: 'oval' is not one of round, square"),
+        (["--name"], "--name: it needs a value, and has none"),
+        ([], "--name is missing (see prog --help)"),
+        (["--nam", "a"], "--name is missing; there is no option or argument --nam (see prog --help)"),
+        (["--name", "a", "--how-money", "2"], "there is no option or argument --how-money, 2"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_line(argv, line, encoding):
+    """tyro's box would come through, which looks otherwise where the output is not UTF-8."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    before = os.environ.get("COLUMNS")
+    with contextlib.redirect_stdout(stdout), pytest.raises(ConfigError) as error:
+        parse_flags(Flags, argv, prog="prog")
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    assert os.environ.get("COLUMNS") == before, "what is started from here would think its terminal very wide"
+
+
+def test_help_is_not_touched(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags(Flags, ["--help"], prog="prog")
+    assert end.value.code == 0 and "--how-many INT" in (shown := capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 100
