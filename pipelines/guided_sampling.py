@@ -19,19 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from latentdiff.diffusion.clip_guidance import ClipGuidance
 from latentdiff.diffusion.guidance import GuidanceScale, check_guidance_interval, guidance_weight, guide
+from latentdiff.diffusion.latent_scale import unscale_latents
 from latentdiff.diffusion.noise_schedule import noise_level
+from latentdiff.diffusion.unet_inputs import guidance_embedding
 
 StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
-
-
-def guidance_embedding(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoidal embedding (B, dim) of 1000 w, for UNets distilled to take the guidance weight as an input; w: (B,)."""
-    half = dim // 2
-    number = torch.arange(half, dtype=torch.float32, device=guidance_scale.device)
-    frequencies = torch.exp(number * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
-    angles = (guidance_scale * 1000.0).float()[:, None] * frequencies[None, :]
-    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return torch.nn.functional.pad(embedding, (0, dim % 2))
 
 
 @dataclass(frozen=True)
@@ -377,7 +369,7 @@ class GuidedSampling:
             model_input,
             alpha_cumprod=1 / (1 + sigma**2),
             prediction_type=self.scheduler.config.prediction_type,
-            decode=lambda x_0: self.vae.decode(x_0.to(self.vae.dtype) / self.vae.config.scaling_factor).sample,
+            decode=lambda x_0: self.vae.decode(unscale_latents(x_0.to(self.vae.dtype), self.vae.config)).sample,
             text=conditions.clip_text,
         )
 

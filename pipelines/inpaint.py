@@ -26,8 +26,10 @@ from torch.nn import functional
 from latentdiff.diffusion.clip_guidance import ClipGuidance
 from latentdiff.diffusion.guidance import GuidanceScale
 from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
+from latentdiff.diffusion.unet_inputs import inpainting_channels
 from latentdiff.pipelines.guided_sampling import StepCallback
-from latentdiff.pipelines.latent_pipeline import LatentPipeline, on_white
+from latentdiff.pipelines.latent_pipeline import LatentPipeline
+from latentdiff.utils.images import upright, upright_rgb
 
 
 def feather(mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -96,7 +98,7 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         return self.unet.config.in_channels == self._latent_channels
 
     def _unet_inputs(self) -> dict[int, str]:
-        both = 2 * self._latent_channels + 1
+        both = inpainting_channels(self._latent_channels)
         return {**super()._unet_inputs(), both: "the latents, a mask and a masked picture's latents"}
 
     @torch.no_grad()
@@ -184,10 +186,11 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         num_prompts = len(prompt_embeds if prompts is None else prompts)
         generator, num_images_per_prompt = self._generators(seeds, generator, num_prompts, num_images_per_prompt)
 
+        mask_image = upright(mask_image)
         region, whole, whole_mask = None, image, mask_image
         if padding_mask_crop is not None:
-            region = self._region(image, mask_image, height, width, padding_mask_crop + mask_blur, output_type)
-            whole = on_white(image)
+            whole = upright_rgb(image) if isinstance(image, Image.Image) else image
+            region = self._region(whole, mask_image, height, width, padding_mask_crop + mask_blur, output_type)
             image, mask_image = (self._cut_out(one, region, height, width) for one in (whole, mask_image))
         pixels = self._pixels(image, height, width) if given is None else None
         mask = self._mask(mask_image, height, width)

@@ -25,11 +25,14 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from latentdiff.diffusion.guidance import GuidanceScale
+from latentdiff.diffusion.latent_scale import scale_latents, unscale_latents
 from latentdiff.diffusion.posthoc_ema import reconstructions, snapshots_folder
 from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
+from latentdiff.diffusion.unet_inputs import is_for_inpainting
 from latentdiff.pipelines.guided_sampling import GuidedSampling
 from latentdiff.pipelines.portable_saving import PortableSaving, adopt_scheduler
 from latentdiff.pipelines.prompt_embedding import PromptEmbedding
+from latentdiff.utils.images import upright_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +58,7 @@ class LatentPipeline(
     need it.
 
     Args:
-        vae: encodes and decodes latents; their scale is `vae.config.scaling_factor`.
+        vae: encodes and decodes latents; their scale is that of `latent_scale`.
         text_encoder, tokenizer: give the hidden states (B, tokens, width) that the UNet attends to.
         unet: predicts what `scheduler.config.prediction_type` says, called as diffusers' UNet2DConditionModel is.
         scheduler: diffusers' own DDIM and DDPM are replaced by ours, see `adopt_scheduler`.
@@ -251,7 +254,7 @@ class LatentPipeline(
         takes, possible = self.unet.config.in_channels, self._unet_inputs()
         if takes not in possible:
             needed = " or ".join(f"{count} ({what})" for count, what in possible.items())
-            inpaints = takes == 2 * self._latent_channels + 1
+            inpaints = is_for_inpainting(takes, self._latent_channels)
             hint = "; it is one for inpainting: use LatentDiffInpaintPipeline" if inpaints else ""
             raise ValueError(f"this UNet takes {takes} channels, {type(self).__name__} gives it {needed}{hint}")
         if hasattr(self.unet, "check_schedule"):
@@ -287,7 +290,7 @@ class LatentPipeline(
 
         Args:
             image: a PIL picture or a list of them; (N, H, W, 3) or (H, W, 3) arrays or (N, 3, H, W) or (3, H, W)
-                tensors in [0, 1]. What is transparent lies on white, as in training.
+                tensors in [0, 1]. As in training a PIL picture is turned as its EXIF says, and lies on white.
 
         Raises:
             ValueError: no pictures, not of three channels, or not of one size.
@@ -300,9 +303,9 @@ class LatentPipeline(
                 raise ValueError(
                     f"image: pictures of sizes {sorted(sizes)} do not fit into a batch: make them one size"
                 )
-            image = [on_white(one) if isinstance(one, Image.Image) else one for one in image]
+            image = [upright_rgb(one) if isinstance(one, Image.Image) else one for one in image]
         elif isinstance(image, Image.Image):
-            image = on_white(image)
+            image = upright_rgb(image)
         pixels = self.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
         if pixels.shape[1] != 3:
             raise ValueError(f"image: pictures have 3 channels, not {pixels.shape[1]}")
@@ -348,7 +351,7 @@ class LatentPipeline(
             mean, std, rows = mean[rows], std[rows], torch.arange(len(rows))
         if drawn or (drawn is None and generator is not None):
             mean = mean + std * self._normal(tuple(mean.shape), generator, mean.dtype, mean.device)
-        return mean[rows] * self.vae.config.scaling_factor
+        return scale_latents(mean[rows], self.vae.config)
 
     # Pictures out
 
@@ -381,8 +384,8 @@ class LatentPipeline(
         """Latents (B, C, h, w) to pictures of `output_type`, with the safety checker's verdicts if there is one."""
         if output_type == "latent":
             return latents, None
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)  # many keep the VAE in fp32
-        pixels = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
+        raw = unscale_latents(latents, self.vae.config).to(self.vae.dtype)  # many keep the VAE in fp32
+        pixels = self.vae.decode(raw, return_dict=False, generator=generator)[0]
         pixels = pixels if retouch is None else retouch(pixels)
         pixels, flagged = self.run_safety_checker(pixels, latents.dtype)
         denormalize = [True] * len(pixels) if flagged is None else [not flag for flag in flagged]
@@ -395,11 +398,3 @@ class LatentPipeline(
         pictures = self.image_processor.postprocess(pixels, output_type="pil")
         clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(pixels.device, dtype)
         return self.safety_checker(images=pixels, clip_input=clip_input)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """A PIL picture as RGB, what is transparent on white."""
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
-    picture = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -21,6 +21,7 @@ from latentdiff.diffusion.posthoc_ema import copy_snapshots
 from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
 from latentdiff.diffusion.scheduling_ddim import DDIMScheduler
 from latentdiff.diffusion.scheduling_ddpm import DDPMScheduler
+from latentdiff.diffusion.unet_inputs import is_for_inpainting
 
 logger = logging.get_logger(__name__)
 
@@ -94,9 +95,9 @@ def write_code(folder: str | os.PathLike) -> None:
 
 
 def _find(name: str, in_package: str) -> Path | None:
-    """Beside this file (in the package's `pipelines`, or a flat folder), or beside the noise schedule."""
-    here, package = Path(__file__).parent, Path(inspect.getfile(make_betas)).parent
-    candidates = (here / in_package, here / name, package / name)
+    """Beside this file (in the package's `pipelines`, or a flat folder), or in another room beside the schedules'."""
+    here, diffusion = Path(__file__).parent, Path(inspect.getfile(make_betas)).parent
+    candidates = (here / in_package, here / name, diffusion / name, diffusion.parent / "utils" / name)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -205,7 +206,8 @@ class PortableSaving:
         """Write model_index.json in diffusers' names alone, so that it loads where latentdiff is not installed."""
         index = json.loads(self.to_json_string())
         # A UNet that takes mask and masked picture beside the latents can do nothing but inpaint.
-        inpaints = self.unet is not None and self.unet.config.in_channels == 2 * self.unet.config.out_channels + 1
+        unet = None if self.unet is None else self.unet.config
+        inpaints = unet is not None and is_for_inpainting(unet.in_channels, unet.out_channels)
         index["_class_name"] = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
         index.pop("_name_or_path", None)  # where these weights were loaded from is nobody else's path
         if kind := carried_class(self.unet):

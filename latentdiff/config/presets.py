@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import yaml
 
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from ..utils.flags import parse_flags, user_errors
 from .checks import ADAFACTOR_LACKS
 from .train import TrainConfig
@@ -87,7 +87,7 @@ def read_config(path: str) -> dict:
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: {path!r} cannot be read ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"config: {path!r} cannot be read ({first_line(error)})") from None
     known = get_type_hints(TrainConfig)
     if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):
         what = f"has no setting named {unknown[0]!r}" if isinstance(values, dict) else "is no list of settings"

@@ -225,11 +225,6 @@ class TrainConfig:
         return not (self.train_data_dir or self.dataset_name)
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether the UNet is trained to answer as another does at the end of its trajectories."""
-        return self.consistency in ("distillation", "trajectories")
-
-    @property
     def samples_per_step(self) -> int:
         """Pictures per optimizer step on one process."""
         return self.train_batch_size * self.gradient_accumulation_steps

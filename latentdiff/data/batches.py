@@ -29,6 +29,11 @@ class Batch:
     conditions: torch.Tensor | None = None  # (B, 1 + C, h, w) for inpainting: masks, and latents of masked pictures
     guidance_scales: torch.Tensor | None = None  # (B,) of the teacher, where there is one
 
+    @property
+    def text(self) -> torch.Tensor | list[str]:
+        """What the network is told of the captions: their hidden states, or themselves where it encodes them."""
+        return self.captions if self.encoder_hidden_states is None else self.encoder_hidden_states
+
 
 class _Read(NamedTuple):
     """What of a batch comes from the data rather than from drawing noise."""

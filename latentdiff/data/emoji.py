@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import io
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..utils.errors import ConfigError
-from ..utils.files import cache_folder
+from ..utils.files import cache_folder, write_whole
 from ..utils.randomness import fraction
 
 RESOLUTION = 64
@@ -202,14 +201,11 @@ def _build(folder: Path) -> None:
         for style, path in _files(concept.key).items():
             rows.append({"concept": asdict(concept), "style": style})
             pictures.append(_draw(path, margin=4 if style == "twemoji" else 0))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        ("pictures.npy", lambda file: np.save(file, np.stack(pictures))),
-        ("rows.json", lambda file: file.write(json.dumps({"rows": rows, "left_out": left_out}).encode())),
-    ):  # rows.json last: its presence says that the set is whole
-        with open(folder / f".{name}.{os.getpid()}", "wb") as file:
-            write(file)
-        os.replace(file.name, folder / name)
+    array = io.BytesIO()
+    np.save(array, np.stack(pictures))
+    write_whole(folder / "pictures.npy", array.getvalue())
+    # Last: its presence says that the set is whole.
+    write_whole(folder / "rows.json", json.dumps({"rows": rows, "left_out": left_out}).encode())
 
 
 def _concepts() -> tuple[list[Concept], dict[str, int]]:

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from ..utils.errors import RunStopped
+from ..utils.files import file_sha256, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -157,16 +158,9 @@ class EntryStore:
         keys = np.concatenate([keys for keys, _ in pieces])
         tensors["keys"] = torch.from_numpy(np.frombuffer(keys.tobytes(), np.uint8).reshape(-1, KEY_BYTES).copy())
         shard = save(tensors, metadata={"format": _FORMAT})
-        aside = self._folder / f".{uuid.uuid4().hex}"
+        name = f"{hashlib.sha256(shard).hexdigest()}.safetensors"
         with _writing(self._folder):
-            try:
-                with open(aside, "wb") as file:
-                    file.write(shard)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(aside, self._folder / f"{hashlib.sha256(shard).hexdigest()}.safetensors")
-            finally:
-                aside.unlink(missing_ok=True)
+            write_whole(self._folder / name, shard, aside=self._folder / f".{uuid.uuid4().hex}")
 
     def _remove_damaged(self) -> None:
         """The processes of a machine share the work, which reads every byte."""
@@ -176,8 +170,7 @@ class EntryStore:
             mine, desc="verifying the cache", unit="shard", delay=2, disable=not state.is_local_main_process
         ):
             try:
-                with open(path, "rb") as file:
-                    whole = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
+                whole = file_sha256(path) == path.stem
             except FileNotFoundError:  # another run found it damaged
                 continue
             if not whole:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..config.train import TrainConfig
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from ..utils.images import SUFFIXES
 
 
@@ -261,6 +261,6 @@ def _load_dataset(config: TrainConfig):
             data = data.cast_column(config.image_column, datasets.Image(decode=False))
     except Exception as error:  # datasets raises many kinds for a missing or malformed set
         name = "train_data_dir" if config.train_data_dir else "dataset_name"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ConfigError(f"{name}: {where!r} cannot be read ({reason})") from error
     return data

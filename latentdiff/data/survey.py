@@ -22,7 +22,8 @@ from PIL import UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..config.train import TrainConfig
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
+from ..utils.files import move_into_place
 from ..utils.images import open_upright
 from ..utils.randomness import fraction
 from .sources import Row, Source
@@ -80,7 +81,7 @@ def survey(config: TrainConfig, source: Source, memory: Path) -> None:
             raise ConfigError(
                 f"no picture is left to train on: {count} read, {len(rejected)} rejected, {used} held out"
             )
-        os.replace(aside, folder / PICTURES)
+        move_into_place(aside, folder / PICTURES)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -140,7 +141,7 @@ def _look(source: Source, row: Row) -> Look:
     except UnidentifiedImageError:
         return Look(problem="it cannot be read as a picture (of no format that is known here)")
     except Exception as error:  # Pillow raises many kinds for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         return Look(problem=f"it cannot be read as a picture ({reason})")
 
 

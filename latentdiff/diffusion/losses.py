@@ -14,7 +14,7 @@ def training_target(
 ) -> torch.Tensor:
     """What the UNet is to put out for x_t: the noise, the latents, or v = sqrt(abar) noise - sqrt(1 - abar) latents.
 
-    v is Salimans & Ho's (2022, arXiv 2202.00512, section 4). All (B, C, h, w); `timesteps` (B,). Raises ValueError for
+    v is Salimans & Ho's (2022, arXiv 2202.00512, section 4). All (B, ...); `timesteps` (B,). Raises ValueError for
     an unknown prediction type.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -30,13 +30,14 @@ def denoising_loss(model_output: torch.Tensor, target: torch.Tensor) -> torch.Te
     (Ho et al. 2020, arXiv 2006.11239, eq. 14).
 
     Args:
-        model_output: the UNet's output, (B, C, h, w).
-        target: what it should be, (B, C, h, w).
+        model_output: the network's output, (B, ...): latents of pictures or frames, or coordinates.
+        target: what it should be, (B, ...).
 
     Returns:
         (B,), so that the caller may weight, drop or log samples.
     """
-    return (model_output.float() - target.float()).square().mean(dim=(1, 2, 3))
+    error = model_output.float() - target.float()
+    return error.square().mean(dim=tuple(range(1, error.ndim)))
 
 
 def min_snr_weight(

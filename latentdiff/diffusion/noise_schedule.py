@@ -273,17 +273,17 @@ def link_timesteps(timesteps: Sequence[int]) -> dict[int, int]:
     return dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
 
-def look_up_previous(previous: Mapping[int, int], timestep: torch.Tensor | int) -> int:
-    """The timestep that a step from `timestep` arrives at, by `link_timesteps`. A tensor on a GPU is waited for.
+def look_up_previous(previous: Mapping[int, int], timestep: torch.Tensor | int, num_levels: int) -> int:
+    """The timestep that a step from `timestep` arrives at. A tensor on a GPU is waited for.
 
-    Raises ValueError for a timestep that was not announced.
+    From an announced one that is by `link_timesteps`, from any other the largest that is announced below it, or -1.
+
+    num_levels: T, the length of the table of noise levels.
+    Raises ValueError for a timestep outside 0 … T - 1.
     """
     t = int(timestep)
-    if t not in previous:
-        announced = list(previous)
-        shown = announced if len(announced) <= 12 else [*announced[:6], "…", *announced[-3:]]
-        raise ValueError(
-            f"timestep {t} is none of the {len(announced)} announced timesteps {shown}; "
-            "step through scheduler.timesteps, or announce others with set_timesteps"
-        )
-    return previous[t]
+    if t in previous:
+        return previous[t]
+    if not 0 <= t < num_levels:
+        raise ValueError(f"timestep is {t}; it must lie in 0 … {num_levels - 1}")
+    return max((announced for announced in previous if announced < t), default=-1)

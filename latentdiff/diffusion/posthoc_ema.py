@@ -13,7 +13,7 @@ All here is computed in float64; steps are optimizer steps, counted from 1.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 LARGEST_SIGMA_REL = 12**-0.5  # of gamma = 0, the plain mean over all of training
 
@@ -95,7 +94,7 @@ def profile_error(steps: np.ndarray, gammas: np.ndarray, weights: np.ndarray, st
 # ---- snapshots -------------------------------------------------------------------------------------------------------
 
 SNAPSHOTS = "ema_snapshots"  # the folder's name in that of a run
-_METADATA = "ema_snapshot"
+SNAPSHOT_METADATA = "ema_snapshot"  # what stands in a file beside the weights, under this name
 
 
 @dataclass(frozen=True, order=True)
@@ -117,35 +116,6 @@ class Snapshot:
 def snapshot_path(folder: str | os.PathLike, network: str, step: int, sigma_rel: float) -> Path:
     """Where in the folder of snapshots one is kept."""
     return Path(folder, f"{network}-sigma_rel-{sigma_rel:g}-step-{step:07d}.safetensors")
-
-
-def save_snapshot(
-    folder: str | os.PathLike,
-    network: str,
-    step: int,
-    sigma_rel: float,
-    tensors: Mapping[str, torch.Tensor],
-    config: Mapping,
-) -> Path:
-    """Write one aside, force it onto the disk and rename it, so that it is there whole or not at all.
-
-    Args:
-        tensors: the network's state dict, with the average in it.
-        config: what stands in the network's config.json.
-
-    Raises:
-        OSError, SafetensorError: it cannot be written.
-    """
-    final = snapshot_path(folder, network, step, sigma_rel)
-    aside = final.with_name(f".tmp-{final.name}")
-    said = {"network": network, "step": step, "sigma_rel": sigma_rel, "config": dict(config)}
-    # In one entry, since safetensors writes several in any order.
-    metadata = {_METADATA: json.dumps(said)}
-    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, aside, metadata)
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, final)
-    return final
 
 
 def list_snapshots(folder: str | os.PathLike, network: str | None = None) -> list[Snapshot]:
@@ -170,7 +140,7 @@ def _read(path: Path) -> Snapshot:
 def _said_by(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})[_METADATA])
+            return json.loads((file.metadata() or {})[SNAPSHOT_METADATA])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no EMA snapshot, or a damaged one ({type(error).__name__})") from None
 

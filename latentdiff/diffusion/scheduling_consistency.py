@@ -165,17 +165,19 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
     ) -> LCMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step from x_t = `sample` (B, C, …): to f(x_t, t), and with new noise to the timestep announced next.
 
+        From one that was not announced it leads to the largest announced below it.
+
         model_output: (B, C, …). Half precision is computed in float32.
         generator: of the noise, or the noise itself (B, C, …) as `variance_noise`; the last step has none.
         Returns prev_sample and denoised = f(x_t, t), both (B, C, …) in the dtype of `sample`.
-        Raises ValueError for a timestep that was not announced, before `set_timesteps`, or for both sources of noise.
+        Raises ValueError for a timestep outside 0 … T - 1, before `set_timesteps`, or for both sources of noise.
         """
         if generator is not None and variance_noise is not None:
             raise ValueError("generator and variance_noise were both given; the noise can come from only one of them")
         if self._previous is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         t = int(timestep)
-        previous = look_up_previous(self._previous, t)
+        previous = look_up_previous(self._previous, t, len(self.alphas_cumprod))
         x_0, _ = predict_x0_and_epsilon(self.alphas_cumprod, model_output, sample, t, self.config.prediction_type)
         c_skip, c_out = boundary_scalings(torch.tensor(t), self.config.timestep_scaling)
         denoised = c_out * bound_x0(x_0, self.config) + c_skip * at_least_float32(sample)

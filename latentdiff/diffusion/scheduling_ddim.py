@@ -94,11 +94,12 @@ class DDIMScheduler(SchedulerMixin, ConfigMixin):
     def previous_timestep(self, timestep: torch.Tensor | int) -> torch.Tensor | int:
         """The timestep that a step from `timestep` arrives at, -1 standing for x_0: a tensor for a tensor, else an int.
 
-        Raises ValueError if `timestep` was not announced, or before `set_timesteps`.
+        From one that was not announced it is the largest announced below it. Raises ValueError if `timestep` lies
+        outside 0 … T - 1, or before `set_timesteps`.
         """
         if self._previous is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        prev_t = look_up_previous(self._previous, timestep)
+        prev_t = look_up_previous(self._previous, timestep, len(self.alphas_cumprod))
         return torch.tensor(prev_t) if isinstance(timestep, torch.Tensor) else prev_t
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -133,13 +134,13 @@ class DDIMScheduler(SchedulerMixin, ConfigMixin):
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step from x_t = `sample` (B, C, …) to the timestep announced after `timestep`.
+        """One step from x_t = `sample` (B, C, …) to `previous_timestep`, as a rule the one announced next.
 
         model_output: (B, C, …). Half precision is computed in float32.
         eta: 0 is deterministic, 1 has the variance of DDPM; the noise is drawn from `generator` or is `variance_noise`.
         use_clipped_model_output: take epsilon anew from the x_0 that was clipped or thresholded.
         Returns prev_sample and pred_original_sample, both (B, C, …) in the dtype of `sample`.
-        Raises ValueError for a timestep that was not announced, eta outside 0 … 1, or both sources of noise at once.
+        Raises ValueError as `previous_timestep`, for eta outside 0 … 1, or both sources of noise at once.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in 0 … 1")
@@ -190,7 +191,7 @@ class DDIMScheduler(SchedulerMixin, ConfigMixin):
             so that repeating a step with its own result as `model_input` removes the error.
         Returns x_t as prev_sample and its x_0 as pred_original_sample, both (B, C, …) in the dtype of `sample`. x_0 is
         neither clipped nor thresholded: where `step` does that, it has no inverse.
-        Raises ValueError for a timestep that was not announced.
+        Raises ValueError as `previous_timestep`.
         """
         t = int(timestep)
         abar, abar_prev = self._alpha_bars(t, self.previous_timestep(t))

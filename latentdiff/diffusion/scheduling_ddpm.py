@@ -97,9 +97,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def previous_timestep(self, timestep: torch.Tensor | int) -> torch.Tensor | int:
         """The timestep that a step from `timestep` arrives at, -1 standing for x_0: a tensor for a tensor, else an int.
 
-        Raises ValueError if `timestep` was not announced.
+        From one that was not announced it is the largest announced below it. Raises ValueError if `timestep` lies
+        outside 0 … T - 1.
         """
-        prev_t = look_up_previous(self._previous, timestep)
+        prev_t = look_up_previous(self._previous, timestep, len(self.alphas_cumprod))
         return torch.tensor(prev_t) if isinstance(timestep, torch.Tensor) else prev_t
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -164,11 +165,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step from x_t = `sample` (B, C, …) to the timestep announced after `timestep`.
+        """One step from x_t = `sample` (B, C, …) to `previous_timestep`, as a rule the one announced next.
 
         model_output: (B, C, …), or (B, 2C, …) with a learned variance. Half precision is computed in float32.
         Returns prev_sample and pred_original_sample, both (B, C, …) in the dtype of `sample`.
-        Raises ValueError for a timestep that was not announced.
+        Raises ValueError as `previous_timestep`.
         """
         t = int(timestep)
         prev_t = self.previous_timestep(t)

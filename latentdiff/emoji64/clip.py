@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 from ..data import emoji
 from ..models.parts import freeze
 from ..utils import randomness
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from ..utils.flags import run_cli
 from .pretrain import PretrainConfig, pretrain
 from .vae import blend
@@ -98,8 +98,8 @@ def load_text_encoder(path: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
         encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True).float()
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"text_encoder_of: no text encoder could be loaded from {path!r} ({first_line})") from error
+        what = first_line(error)
+        raise ConfigError(f"text_encoder_of: no text encoder could be loaded from {path!r} ({what})") from error
     if len(tokenizer) != encoder.config.vocab_size:  # also where its files are missing: transformers makes an empty one
         raise ConfigError(
             f"text_encoder_of: in {path!r} the tokenizer has {len(tokenizer)} tokens and the text encoder "

@@ -19,7 +19,9 @@ from ..data import emoji
 from ..evaluation.ema import SWEEP
 from ..evaluation.report import CURVE, NUMBERS, read_numbers, rows
 from ..pipelines.portable_saving import write_code
-from ..training.card import drawn_with, sampler_of, training_command
+from ..training.card import training_command
+from ..training.objectives import objective_of
+from ..training.tasks import task_of
 from ..utils.errors import ConfigError
 from ..utils.files import packaged_checkpoint
 from ..utils.flags import run_cli
@@ -52,9 +54,10 @@ def main(config: PublishConfig) -> None:
         raise ConfigError(f"run: {config.run!r} holds no finished model")
     settings = _settings(run)
     trained = TrainConfig(**settings)
-    inpaints, is_distilled = trained.task == "inpaint", trained.consistency is not None
-    how = drawn_with(trained) if is_distilled else {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
-    sampler = "" if inpaints else f"Samples: {sampler_of(trained, **how)} "
+    objective, inpaints = objective_of(trained), task_of(trained).inpaints
+    is_distilled = objective.draws_in_few_steps
+    how = objective.drawing() if is_distilled else {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
+    sampler = "" if inpaints else f"Samples: {objective.sampler_in_words(**how)} "
     if inpaints and not (run / INPAINTED).is_file():
         raise ConfigError(f"run: {config.run!r} has no {INPAINTED}, which benchmarks/inpainting.py draws")
     output.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,7 @@ def main(config: PublishConfig) -> None:
             shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
     write_code(output)  # today's, whatever the run was saved with
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    _plot(log, output / CURVES, "consistency loss" if is_distilled else "epsilon loss")
+    _plot(log, output / CURVES, objective.name)
     model_card(
         output.name,
         license="cc-by-sa-4.0",

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from ..data import emoji
-from ..models.latents import encode_moments
+from ..models.latents import encode_moments, psnr
 from ..models.loading import load_vae
 from ..utils import randomness
 from ..utils.flags import run_cli
@@ -129,11 +129,10 @@ def normalise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of reconstructions from the posterior mean, in dB over the range [0, 1] -> (B,)."""
+def reconstruction_psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """That of reconstructions from the posterior mean, in dB -> (B,)."""
     mean, _ = encode_moments(vae, pixels)
-    error = (vae.decode(mean.to(vae.dtype)).sample.float().clamp(-1, 1) - pixels) / 2
-    return -10 * error.square().mean(dim=(1, 2, 3)).log10()
+    return psnr(vae.decode(mean.to(vae.dtype)).sample, pixels)
 
 
 def main(config: PretrainVAEConfig) -> None:
@@ -160,7 +159,9 @@ def main(config: PretrainVAEConfig) -> None:
             normalise_latents(vae, for_scale)
         on_any = compose(held_out, generator).to(accelerator.device)
         on_white = blend(held_out, torch.ones(len(held_out), 3)).to(accelerator.device)
-        on_any, on_white = (torch.cat([psnr(vae, chunk) for chunk in p.split(64)]) for p in (on_any, on_white))
+        on_any, on_white = (
+            torch.cat([reconstruction_psnr(vae, chunk) for chunk in p.split(64)]) for p in (on_any, on_white)
+        )
         folder = Path(config.output_dir) / "vae"
         vae.save_pretrained(folder)
         print(

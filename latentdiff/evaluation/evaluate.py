@@ -27,7 +27,7 @@ from ..inference.drawing import draw_recipes
 from ..inference.generate import file_name, is_there, load, picture_recipe
 from ..inference.loading import Network, Networks, load_clip
 from ..inference.recipe import Ingredient, Recipe, save_png
-from ..models.latents import decode_latents, encode_moments, sample_latents, to_pixels
+from ..models.latents import decode_latents, encode_moments, psnr, sample_latents, to_pixels
 from ..utils.errors import ConfigError
 from ..utils.files import cache_folder, write_whole
 from . import features as feature_networks
@@ -250,12 +250,11 @@ def reconstruction(
         pixels = to_pixels([questions.images[number] for number in numbers])
         mean, std = encode_moments(vae, pixels)
         decoded = decode_latents(vae, sample_latents(vae.config, mean, std, torch.zeros_like(mean))).clamp(-1, 1).cpu()
-        psnr = -10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()
-        return psnr, network.features(decoded).float().cpu()
+        return psnr(decoded, pixels), network.features(decoded).float().cpu()
 
     found = shared_out(_batches(questions.own), work, "through the VAE")
-    psnr, features = map(torch.cat, zip(*found, strict=True))
-    return Reconstruction(psnr=psnr.mean().item(), measures=measure(features, real))
+    ratios, features = map(torch.cat, zip(*found, strict=True))
+    return Reconstruction(psnr=ratios.mean().item(), measures=measure(features, real))
 
 
 def clip_score(clip: Network, questions: Questions, images: Sequence[Image.Image]) -> ClipScore:

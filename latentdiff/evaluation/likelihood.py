@@ -16,6 +16,7 @@ from accelerate.utils import gather_object, tqdm
 from PIL import Image
 
 from ..data import emoji
+from ..data.batches import Batch
 from ..data.entry_store import ENCODE_BATCH
 from ..diffusion.noise_schedule import add_noise
 from ..inference.loading import load_pipeline
@@ -23,8 +24,9 @@ from ..inference.recipe import folder_ingredient
 from ..models.latents import encode_moments, sample_latents, to_pixels
 from ..models.loading import unet_class
 from ..models.parts import FrozenParts, encode_prompt
+from ..training.prediction import predict
 from ..utils import randomness
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from ..utils.files import folder_sha256, write_whole
 from ..utils.flags import run_cli
 from .bound import Bound, denoising_term, plot_bounds, prior_term, reverse_process, stratified_timesteps, with_error
@@ -79,7 +81,8 @@ def variational_bound(
         noise = torch.stack([_noise(x_0.shape[1:], seed, indices[i], column) for i, column in part.tolist()])
         x_t = add_noise(abar, x_0, noise, t)
         seen, text = (tensor.to(model.device, model.dtype) for tensor in (x_t, encoder_hidden_states[of]))
-        output = model(seen, t.to(model.device), text).sample.cpu()
+        batch = Batch(seen, noise, t, text, None)
+        output = predict(model, batch, seen, t.to(model.device)).sample.cpu()
         terms.append(denoising_term(process, output, x_0, x_t, t, v))
     model.train(was_training)
     return Bound(
@@ -267,8 +270,8 @@ def _unets(settings: Settings, pipeline) -> Iterator[tuple[str, torch.nn.Module]
         try:
             unet = unet_class(folder).from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"--unet {folder}: no UNet can be loaded from it: {first_line}") from None
+            what = first_line(error)
+            raise ConfigError(f"--unet {folder}: no UNet can be loaded from it: {what}") from None
         yield "/".join(folder.resolve().parts[-2:]), unet.to(pipeline.device)
 
 

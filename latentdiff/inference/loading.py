@@ -19,7 +19,7 @@ from ..diffusion.scheduling_ddim import DDIMScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.loading import hide_loading_bars, load_guide_unet
 from ..public import LatentDiffPipeline
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from .recipe import Ingredient, Recipe, folder_ingredient
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
@@ -135,7 +135,7 @@ def load_pipeline(
             pipeline.load_ema(ema_sigma_rel, source=checkpoint)  # on the Hub a loaded model comes without its snapshots
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
-        raise ConfigError(f"{checkpoint}: {where}: {_first_line(error)}") from None
+        raise ConfigError(f"{checkpoint}: {where}: {first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(place)
 
@@ -154,7 +154,7 @@ def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
     try:
         pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {_first_line(error)}") from None
+        raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {first_line(error)}") from None
     if (folder / SCHEDULER_CONFIG_NAME).is_file():
         pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder)
     return folder_ingredient(folder)
@@ -171,12 +171,8 @@ def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", 
     try:
         clip = ClipGuidance.from_pretrained(folder, scale=scale)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{flag} {folder}: no CLIP can be loaded from it: {_first_line(error)}") from None
+        raise ConfigError(f"{flag} {folder}: no CLIP can be loaded from it: {first_line(error)}") from None
     return Network(clip.to(pipeline.device), folder_ingredient(folder))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def scheduler_class(networks: Networks, name: str) -> type[SchedulerMixin]:

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageChops
 
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from ..utils.films import save_animation, strip
 from ..utils.images import upright_rgb
 from .recipe import Recipe, read_recipe, save_png
@@ -339,8 +339,7 @@ def plain_errors() -> Iterator[None]:
     except (ValueError, ConfigError) as error:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        raise gr.Error(html.escape(f"{type(error).__name__}: {reason[0]}", quote=False)) from error
+        raise gr.Error(html.escape(f"{type(error).__name__}: {first_line(error)}", quote=False)) from error
 
 
 def _delete(paths: list[str]) -> None:

@@ -4,7 +4,6 @@ Two of the PNG's text chunks hold it: "latentdiff" as JSON, from which the pictu
 in the words of AUTOMATIC1111's page, which viewers of such pictures show.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from PIL import Image, PngImagePlugin
 
 from ..utils.errors import ConfigError
-from ..utils.files import folder_sha256, write_whole
+from ..utils.files import file_sha256, folder_sha256, write_whole
 
 CHUNK = "latentdiff"
 MAX_RECIPE = 2**19  # characters of JSON that are looked at
@@ -303,8 +302,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
 
 def file_ingredient(path: str | os.PathLike) -> Ingredient:
     """A file by its name and the SHA-256 of its bytes."""
-    with open(path, "rb") as file:
-        return Ingredient(name=_printable(Path(path).name), sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    return Ingredient(name=_printable(Path(path).name), sha256=file_sha256(path))
 
 
 def folder_ingredient(folder: str | os.PathLike, hub_id: str | None = None) -> Ingredient:

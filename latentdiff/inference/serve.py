@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..config.commands import Serve
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     import gradio
@@ -96,7 +96,7 @@ def launch(studio: "Studio", options: Serve, folder: Path) -> "gradio.Blocks":
         )
     except OSError as error:
         where = options.host if options.port is None else f"{options.host}:{options.port}"
-        raise ConfigError(f"{where} cannot be listened on: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{where} cannot be listened on: {first_line(error)}") from None
     return page
 
 

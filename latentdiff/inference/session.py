@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
+from ..diffusion.latent_scale import unscale_latents
 from ..diffusion.noise_schedule import predict_x0_and_epsilon
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..utils.images import FORMATS, crop_box, resized, upright_rgb
@@ -333,7 +334,7 @@ class _Watch:
 
     def _decoded(self, latents: torch.Tensor) -> Image.Image:
         vae = self.pipeline.vae
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        pixels = vae.decode(unscale_latents(latents.to(vae.dtype), vae.config), return_dict=False)[0]
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
 
 

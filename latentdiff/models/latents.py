@@ -1,4 +1,4 @@
-"""Pixels <-> raw moments <-> scaled latents: the one training-side home of the VAE's `scaling_factor` and shift.
+"""Pixels <-> raw moments <-> scaled latents, for training and measuring (the scale itself: `diffusion.latent_scale`).
 
 Names follow the way of the data: *pixels* are (B, 3, H, W) in [-1, 1]; *raw moments* are the mean and standard
 deviation of the VAE's posterior, unscaled, as the cache keeps them; *latents* are drawn, shifted and scaled, as the
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+
+from ..diffusion.latent_scale import scale_latents, unscale_latents
 
 
 def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -38,15 +40,14 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tens
 
 
 def sample_latents(vae_config, mean: torch.Tensor, std: torch.Tensor, posterior_noise: torch.Tensor) -> torch.Tensor:
-    """Draw from the posterior and bring it to the UNet's scale: (mean + std * noise - shift) * scaling_factor.
+    """Draw from the posterior and bring it to the UNet's scale.
 
     Args:
-        vae_config: `vae.config`; `shift_factor` may be None or absent.
+        vae_config: `vae.config`.
         mean, std: raw moments, (B, C, h, w).
         posterior_noise: standard normal, the same shape.
     """
-    shift = getattr(vae_config, "shift_factor", None) or 0.0
-    return (mean + std * posterior_noise - shift) * vae_config.scaling_factor
+    return scale_latents(mean + std * posterior_noise, vae_config)
 
 
 def masked_pixels(pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -81,6 +82,18 @@ def inpainting_conditions(
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, C, h, w) -> (B, 3, H, W) pixels, about in [-1, 1]."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    raw = latents / vae.config.scaling_factor + shift
+    raw = unscale_latents(latents, vae.config)
     return vae.decode(raw.to(vae.device, vae.dtype)).sample.float()
+
+
+def psnr(pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each picture, in dB over the range [0, 1], at most 100.
+
+    Args:
+        pixels, reference: (B, 3, H, W) in [-1, 1]; what of the first is outside is clipped.
+
+    Returns:
+        (B,) float32.
+    """
+    error = (pixels.float().clamp(-1, 1) - reference) / 2
+    return -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()

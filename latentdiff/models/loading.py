@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, first_line
 from .parts import FrozenParts, freeze
 from .unet import UNET_CLASSES, UNet
 
@@ -76,7 +76,7 @@ def load_guide_unet(folder: str | Path, setting: str, **options) -> UNet:
     try:
         return unet_class(folder).from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise ConfigError(f"{setting} {folder}: no UNet can be loaded from it: {what}") from None
 
 
@@ -113,10 +113,8 @@ def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_
             f"{setting}: no {options['subfolder']} could be loaded from {path!r} (its pickle holds more than weights)"
         ) from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        first_line = (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
-        raise ConfigError(
-            f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({first_line})"
-        ) from error
+        what = first_line(error)[:300]
+        raise ConfigError(f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({what})") from error
 
 
 @contextmanager

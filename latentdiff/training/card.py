@@ -4,13 +4,14 @@ import os
 import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from ..config.presets import PRESETS
 from ..config.train import TrainConfig
 from ..data import emoji
 from ..utils.files import packaged_checkpoint
 from ..utils.model_card import model_card
+from .objectives import OBJECTIVES, objective_of
+from .tasks import task_of
 
 # Where files lay on the machine of the run says nothing to others.
 _OF_THE_MACHINE = {"output_dir", "cache_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"}
@@ -22,9 +23,8 @@ def training_command(settings: dict) -> str:
     Args:
         settings: all of a `TrainConfig`, by name.
     """
-    preset = "finetune" if settings["unet"] == "pretrained" else "emoji64"
-    if settings.get("consistency") in ("distillation", "trajectories"):
-        preset = "distill"
+    usual = "finetune" if settings["unet"] == "pretrained" else "emoji64"
+    preset = OBJECTIVES[settings.get("consistency")].preset or usual
     defaults = {field.name: field.default for field in fields(TrainConfig)} | PRESETS[preset]
     defaults["pretrained_model_name_or_path"] = packaged_checkpoint()
     words = [] if preset == "emoji64" else ["--preset", preset]
@@ -40,54 +40,37 @@ def training_command(settings: dict) -> str:
     return shlex.join(["accelerate", "launch", "train_text2img.py", *words])
 
 
-def drawn_with(config: TrainConfig) -> dict[str, Any]:
-    """Steps and guidance of a run's pictures: where a teacher's guidance is for good inside the UNet, none more."""
-    is_inside = config.has_teacher and len(config.consistency_guidance) == 1
-    guidance = 1.0 if is_inside else config.validation_guidance_scale
-    return {"num_inference_steps": config.validation_inference_steps, "guidance_scale": guidance}
-
-
-def sampler_of(config: TrainConfig, num_inference_steps: int, guidance_scale: float) -> str:
-    """In words, for a card."""
-    sampler = "DDIM" if config.consistency is None else "Multistep consistency sampling"
-    is_inside = config.has_teacher and guidance_scale == 1.0
-    guidance = "guidance inside it" if is_inside else f"guidance {guidance_scale:g}"
-    return f"{sampler}, {num_inference_steps} steps, {guidance}."
-
-
 def repo_name(config: TrainConfig) -> str:
     """Where the model is pushed to."""
     return config.hub_model_id or Path(config.output_dir).resolve().name
 
 
 def write_card(config: TrainConfig) -> None:
+    """The README.md of the finished folder."""
     folder = Path(config.output_dir)
     pictures = sorted((folder / "validation").glob("step-*.png"))
     own = config.train_data_dir or config.dataset_name
     from_pretrained = config.unet == "pretrained"
     source = config.pretrained_model_name_or_path
     is_hub_id = not Path(source).exists()
-    inpaints = config.task == "inpaint"
-    kind = "inpainting model: it paints what a mask leaves open, after words" if inpaints else "text-to-image model"
-    if config.consistency is not None:
-        kind += " that draws in one to eight steps (a latent consistency model)"
-    what_is_drawn = "masked, drawn, and as it was" if inpaints else "; ".join(config.validation_prompts)
+    task, objective = task_of(config), objective_of(config)
+    few_steps = " that draws in one to eight steps (a latent consistency model)" if objective.draws_in_few_steps else ""
     model_card(
         repo_name(config),
         license="other" if own or from_pretrained else "cc-by-sa-4.0",
         repo_id=config.hub_model_id,
-        description=f"A latent diffusion {kind}. Trained with latentdiff."
+        description=f"A latent diffusion {task.kind}{few_steps}. Trained with latentdiff."
         if config.lora_rank is None
         else f"LoRA weights of rank {config.lora_rank} for {source}, trained with latentdiff.",
         lora_of=source if config.lora_rank else None,
-        inpaints=inpaints,
-        samples={str(pictures[-1].relative_to(folder)): what_is_drawn} if pictures else None,
+        inpaints=task.inpaints,
+        samples={str(pictures[-1].relative_to(folder)): task.drawn_in_words} if pictures else None,
         prompt=next(iter(config.validation_prompts), "a cat"),
         training_command=training_command(asdict(config)),
-        sampler=sampler_of(config, **drawn_with(config)),
+        sampler=objective.sampler_in_words(**objective.drawing()),
         data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,
-        call=None if config.consistency is None else drawn_with(config),
-        draws_in_few_steps=config.consistency is not None,
+        call=objective.drawing() if objective.draws_in_few_steps else None,
+        draws_in_few_steps=objective.draws_in_few_steps,
         datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
     ).save(folder / "README.md")

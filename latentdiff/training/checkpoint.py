@@ -5,7 +5,6 @@ diffusers writes them. The step says the
 rest: every draw, the order of the data and the learning rate follow from it.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,8 @@ from safetensors import SafetensorError
 from ..models.loading import unet_class
 from ..models.lora import has_lora, load_lora, save_lora
 from ..models.parts import networks_of
-from ..utils.errors import ConfigError, RunStopped
+from ..utils.errors import ConfigError, RunStopped, first_line
+from ..utils.files import file_sha256, move_into_place, sync
 from .ema import EMA, PowerEMAs
 from .fsdp import load_whole, whole_network
 
@@ -70,8 +70,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             _seal(aside, {"step": step, "extra": extra or {}})
             _remove(final)
-            os.replace(aside, final)
-            _sync(output_dir)
+            move_into_place(aside, final)
             if total_limit:
                 by_age = sorted(list_checkpoints(output_dir), key=lambda path: (step_of(path) <= step, step_of(path)))
                 for old in by_age[:-total_limit]:
@@ -82,7 +81,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         left = list_checkpoints(output_dir)
         raise RunStopped(
-            f"{final} could not be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}); "
+            f"{final} could not be written ({first_line(error)}); "
             + (f"the last one is {left[-1].name}" if left else "there is no earlier one")
         ) from error
     accelerator.wait_for_everyone()
@@ -93,23 +92,9 @@ def _seal(folder: Path, state: dict) -> None:
     """Force the folder's files onto the disk, then write what says that they are whole."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
-    state["sha256"] = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+        sync(path)
+    state["sha256"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
     (folder / _DONE).write_text(json.dumps(state))
-    _sync(folder / _DONE)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -198,7 +183,7 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if _digest(path) != digest:
+        if file_sha256(path) != digest:
             return f"{name} is damaged"
     return None
 

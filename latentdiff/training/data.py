@@ -13,7 +13,7 @@ from ..data import emoji
 from ..data.batches import Batches
 from ..data.buckets import bucket_sizes
 from ..data.latent_cache import HiddenStates, Moments
-from ..data.masks import MaskedExample, masked_examples
+from ..data.masks import MaskedExample
 from ..data.pictures import CaptionedPictures, EmojiPictures, OwnPictures, open_source
 from ..data.survey import survey
 from ..diffusion.scheduling_ddpm import DDPMScheduler
@@ -22,6 +22,8 @@ from ..models.parts import FrozenParts
 from ..utils.errors import ConfigError
 from ..utils.files import cache_folder
 from .held_out import HeldOutLoss
+from .objectives import objective_of
+from .tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ def load_data(
     if folder and hidden_states and _worth_keeping(config.cache_text, hidden_states.bytes, moments.bytes):
         hidden_states.keep(folder)
         parts.text_encoder.to("cpu")  # until validation it only takes up the device's memory
-    inpainting = config.task == "inpaint"
-    if folder and not inpainting:
+    task = task_of(config)
+    if folder and not task.inpaints:
         parts.vae.to("cpu")
     shared = {
         "vae_config": parts.vae.config,
         "num_train_timesteps": scheduler.config.num_train_timesteps,
-        "inpainting_vae": parts.vae if inpainting else None,
+        "inpainting_vae": parts.vae if task.inpaints else None,
     }
     batches = Batches(
         pictures,
@@ -83,19 +85,12 @@ def load_data(
         noise_offset=config.noise_offset,
         shuffle_buffer=config.shuffle_buffer,
         device=accelerator.device,
-        guidance_range=_guidance_range(config),
+        guidance_range=objective_of(config).guidance_range,
         **shared,
     )
     held_out_loss = HeldOutLoss(pictures, moments, hidden_states, **shared)
-    examples = masked_examples(pictures) if inpainting else []
     _give_back_memory()
-    return Data(pictures, moments, hidden_states, batches, held_out_loss, examples)
-
-
-def _guidance_range(config: TrainConfig) -> tuple[float, float] | None:
-    if not config.has_teacher:
-        return None
-    return min(config.consistency_guidance), max(config.consistency_guidance)
+    return Data(pictures, moments, hidden_states, batches, held_out_loss, task.examples(pictures))
 
 
 def _give_back_memory() -> None:

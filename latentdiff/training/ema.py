@@ -2,7 +2,7 @@
 from which one of any other width is made afterwards."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from ..config.train import TrainConfig
-from ..diffusion.posthoc_ema import SNAPSHOTS, decay_at, gamma_of, save_snapshot
+from ..diffusion.posthoc_ema import SNAPSHOT_METADATA, SNAPSHOTS, decay_at, gamma_of, snapshot_path
 from ..models.parts import networks_of
-from ..utils.errors import ConfigError, RunStopped
+from ..utils.errors import ConfigError, RunStopped, first_line
+from ..utils.files import move_into_place
 from .fsdp import own_part, whole_network
 
 
@@ -210,8 +212,34 @@ class EMASnapshots:
         try:
             save_snapshot(self._folder, name, step, sigma_rel, network.state_dict(), config)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise RunStopped(f"a snapshot in {self._folder} could not be written ({reason})") from error
+            raise RunStopped(f"a snapshot in {self._folder} could not be written ({first_line(error)})") from error
+
+
+def save_snapshot(
+    folder: Path,
+    network: str,
+    step: int,
+    sigma_rel: float,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping,
+) -> Path:
+    """Write one aside, force it onto the disk and rename it, so that it is there whole or not at all.
+
+    Args:
+        tensors: the network's state dict, with the average in it.
+        config: what stands in the network's config.json.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    final = snapshot_path(folder, network, step, sigma_rel)
+    aside = final.with_name(f".tmp-{final.name}")
+    said = {"network": network, "step": step, "sigma_rel": sigma_rel, "config": dict(config)}
+    # In one entry, since safetensors writes several in any order.
+    metadata = {SNAPSHOT_METADATA: json.dumps(said)}
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+    move_into_place(aside, final)
+    return final
 
 
 def snapshot_steps(total_steps: int) -> int:

@@ -20,6 +20,7 @@ from ..utils.hub import push_folder
 from .card import repo_name, write_card
 from .ema import EMA, PowerEMAs
 from .fsdp import whole_network
+from .objectives import objective_of
 
 
 def as_pipeline(
@@ -61,9 +62,9 @@ def finish(
     config: TrainConfig,
     accelerator: Accelerator,
     parts: FrozenParts,
+    scheduler: DDPMScheduler | ConsistencyScheduler,
     model: UNet2DConditionModel | UNetWithTextEncoder,
     ema: EMA | PowerEMAs | None,
-    scheduler: DDPMScheduler | ConsistencyScheduler,
 ) -> None:
     """Save the finished model with its model card in the output folder, and push it where that is wanted."""
     accelerator.wait_for_everyone()
@@ -74,7 +75,9 @@ def finish(
         half = config.save_dtype == "fp16"
         if has_lora(unet):
             save_lora(unet, Path(config.output_dir), torch.float16 if half else torch.float32)
-            if config.consistency is not None:  # whose steps the model that the adapters are for knows nothing of
+            if objective_of(
+                config
+            ).draws_in_few_steps:  # whose steps the model that the adapters are for knows nothing of
                 as_pipeline(parts, unet, scheduler).scheduler.save_pretrained(config.output_dir)
         else:
             for module in (parts.vae, parts.text_encoder, unet):

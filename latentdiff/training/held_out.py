@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..data.batches import Batch
 from ..data.latent_cache import HiddenStates, Moments, Pixels
 from ..data.masks import random_masks
 from ..data.pictures import CaptionedPictures
@@ -16,6 +17,7 @@ from ..diffusion.noise_schedule import predict_x0_and_epsilon
 from ..models.latents import inpainting_conditions, sample_latents
 from ..models.parts import UNetWithTextEncoder
 from ..utils import randomness
+from .prediction import predict
 
 TIMESTEPS_PER_PICTURE = 8
 # Noise levels that the schedules in use reach, as log-SNR: from next to nothing of the picture to next to no noise.
@@ -128,13 +130,14 @@ class HeldOutLoss:
         found = {}
         for number in range(share[0], len(batches), share[1]):
             (all_latents, all_noise, all_timesteps, all_text, of, all_conditions), part = batches[number]
-            latents, text = all_latents[of[part]].to(device), _text_of(all_text, of[part], device)
-            noise, timesteps = all_noise[part].to(device), all_timesteps[part].to(device)
-            noisy = seen = scheduler.add_noise(latents, noise, timesteps)
-            if all_conditions is not None:
-                seen = torch.cat([noisy, all_conditions[of[part]].to(device)], dim=1)
+            latents, noise, timesteps = (
+                t.to(device) for t in (all_latents[of[part]], all_noise[part], all_timesteps[part])
+            )
+            conditions = None if all_conditions is None else all_conditions[of[part]].to(device)
+            batch = Batch(latents, noise, timesteps, *_text_of(all_text, of[part], device), conditions)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
             with autocast():
-                output = model(seen, timesteps, text).sample
+                output = predict(model, batch, noisy, timesteps).sample
             kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
             loss = denoising_loss(output, training_target(kind, latents, noise, abar, timesteps))
             x_0, epsilon = predict_x0_and_epsilon(abar, output.float(), noisy, timesteps, kind)
@@ -163,7 +166,10 @@ def _conditions(
     return torch.cat([inpainting_conditions(vae, *part).cpu() for part in parts])
 
 
-def _text_of(text: torch.Tensor | list[str], pictures: torch.Tensor, device: torch.device) -> torch.Tensor | list[str]:
+def _text_of(
+    text: torch.Tensor | list[str], pictures: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor | None, list[str] | None]:
+    """Hidden states and captions, as a batch has them: one of the two."""
     if isinstance(text, list):
-        return [text[i] for i in pictures.tolist()]
-    return text[pictures].to(device)
+        return None, [text[i] for i in pictures.tolist()]
+    return text[pictures].to(device), None

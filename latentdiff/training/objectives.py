@@ -1,21 +1,20 @@
-"""What the loop of train_text2img.py minimises: the denoising loss, or that of a consistency model, with a teacher or
-without one (see `consistency`)."""
+"""What a run minimises: the denoising loss, or that of a consistency model, with a teacher or without one (see
+`diffusion.consistency`). All that follows from it, scheduler, inputs, pictures, words, is said here, too."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ..config.train import TrainConfig
 from ..data.batches import Batch
+from ..data.latent_cache import HiddenStates
 from ..diffusion.consistency import (
-    Network,
     consistency_function,
     ddim_step,
     ddim_trajectory,
     discretization_steps,
-    guided,
     neighbours,
     pseudo_huber,
 )
@@ -23,12 +22,100 @@ from ..diffusion.losses import denoising_loss, min_snr_weight, training_target
 from ..diffusion.noise_schedule import predict_x0_and_epsilon, signal_and_noise_levels
 from ..diffusion.scheduling_consistency import ConsistencyScheduler, solver_timesteps
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..models.loading import load_guide_unet, load_schedule, load_unet
-from ..models.parts import freeze
-from ..models.unet import UNet, use_fast_attention
-from ..pipelines.guided_sampling import guidance_embedding
-from ..utils.errors import ConfigError
-from .data import Data
+from ..models.unet import UNet, add_guidance_input
+from .prediction import network_for, predict
+from .teacher import load_teacher
+
+Scheduler = DDPMScheduler | ConsistencyScheduler
+
+
+class Objective:
+    """What a run minimises. A new one is a subclass and a line in `OBJECTIVES`.
+
+    It is made of the settings alone and says what follows from them; `prepare` comes before the first loss.
+    """
+
+    draws_in_few_steps = False
+    """Whether the result is a consistency model, which draws in one to eight steps."""
+    denoises = True
+    """Whether the denoising loss of held-out pictures says how well it goes."""
+    preset: str | None = None
+    """The preset that runs of this kind begin from, where it is one of its own."""
+    name = "epsilon loss"
+    """What a plot of the loss says beside its axis."""
+    sampler = "DDIM"
+    """What draws a run's pictures, in words."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def scheduler(self, schedule: DDPMScheduler) -> Scheduler:
+        """The scheduler of what is trained on a noise schedule."""
+        return schedule
+
+    def add_inputs(self, unet: UNet) -> None:
+        """Give the UNet the inputs that it needs for this."""
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """What guidance scales each batch draws from evenly, where it has any."""
+        return None
+
+    def prepare(
+        self,
+        accelerator: Accelerator,
+        scheduler: Scheduler,
+        unet: UNet,
+        hidden_states: HiddenStates | None,
+        total_steps: int,
+    ) -> None:
+        """Load what the loss needs beside the model.
+
+        Args:
+            unet: that is trained, before it is wrapped.
+            hidden_states: of the captions, where the text encoder is frozen.
+
+        Raises:
+            ConfigError: that cannot be loaded.
+        """
+        self._scheduler = scheduler
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
+        """The loss of each sample (B,).
+
+        Args:
+            model: as prepared by accelerate.
+            step: optimizer steps done before.
+        """
+        raise NotImplementedError
+
+    # Pictures and words
+
+    def drawing(self) -> dict[str, Any]:
+        """Steps and guidance of a run's pictures."""
+        return {
+            "num_inference_steps": self.config.validation_inference_steps,
+            "guidance_scale": self.config.validation_guidance_scale,
+        }
+
+    def sampler_in_words(self, num_inference_steps: int, guidance_scale: float) -> str:
+        """For a card."""
+        return f"{self.sampler}, {num_inference_steps} steps, {self.guidance_in_words(guidance_scale)}."
+
+    def guidance_in_words(self, guidance_scale: float) -> str:
+        """A part of `sampler_in_words`."""
+        return f"guidance {guidance_scale:g}"
+
+
+# ---- the denoising loss ----------------------------------------------------------------------------------------------
+
+
+class Denoising(Objective):
+    """The weighted squared error of what the UNet predicts."""
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
+        """See `training_loss`."""
+        return training_loss(model, self._scheduler, batch, self.config)
 
 
 def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
@@ -41,9 +128,7 @@ def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: Train
         model: the UNet, or one with a text encoder in front of it, for batches without hidden states.
     """
     noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    seen = noisy_latents if batch.conditions is None else torch.cat([noisy_latents, batch.conditions], dim=1)
-    text = batch.captions if batch.encoder_hidden_states is None else batch.encoder_hidden_states
-    output = model(seen, batch.timesteps, text)
+    output = predict(model, batch, noisy_latents, batch.timesteps)
     kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
     losses = denoising_loss(output.sample, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
     if (u := getattr(output, "log_variance", None)) is not None:
@@ -53,106 +138,64 @@ def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: Train
     return losses
 
 
-FEWEST_STEPS = 10  # of training without a teacher, at its beginning (arXiv 2310.14189, section 3.4)
-
-# (model, batch, optimizer step) -> the loss of each sample (B,)
-Objective = Callable[[torch.nn.Module, Batch, int], torch.Tensor]
+# ---- consistency models ----------------------------------------------------------------------------------------------
 
 
-def make_objective(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    scheduler: DDPMScheduler | ConsistencyScheduler,
-    unet: UNet,
-    data: Data,
-    total_steps: int,
-) -> Objective:
-    """What the settings ask for.
+class Consistency(Objective):
+    """What all three ways to a consistency model share."""
 
-    Raises:
-        ConfigError: the teacher cannot be loaded.
-    """
-    if config.has_teacher:
-        kind = Distillation if config.consistency == "distillation" else TrajectoryDistillation
-        teacher = load_teacher(config, scheduler, unet, data.hidden_states([0], [-1]), accelerator.device)
-        guidance_width = getattr(unet.config, "time_cond_proj_dim", None)
-        return kind(scheduler, teacher, accelerator, guidance_width)
-    if config.consistency == "training":
-        return ConsistencyTraining(scheduler, config.consistency_steps, total_steps)
-    return lambda model, batch, step: training_loss(model, scheduler, batch, config)
+    draws_in_few_steps = True
+    denoises = False
+    name = "consistency loss"
+    sampler = "Multistep consistency sampling"
+
+    def scheduler(self, schedule: DDPMScheduler) -> ConsistencyScheduler:
+        """With the steps that the noise levels are divided into."""
+        steps = self.config.consistency_steps
+        return ConsistencyScheduler.from_config(schedule.config, original_inference_steps=steps)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen UNet under guidance, on the device."""
+class FromTeacher(Consistency):
+    """What both ways to learn from a teacher share."""
 
-    unet: UNet
-    prediction_type: str
-    guide_unet: UNet | None
-    """What its guidance leads away from, given the captions;"""
-    empty_caption: torch.Tensor
-    """or, where there is none, the UNet itself given this (1, L, D)."""
+    preset = "distill"
 
-    def of(self, batch: Batch) -> Network:
-        """Its guided answer for the captions of a batch."""
-        with_captions = told(self.unet, batch, batch.encoder_hidden_states)
-        if self.guide_unet is not None:
-            worse = told(self.guide_unet, batch, batch.encoder_hidden_states)
-        else:
-            worse = told(self.unet, batch, self.empty_caption.expand(len(batch.latents), -1, -1))
-        return guided(with_captions, worse, batch.guidance_scales)
+    @property
+    def _guidance_is_inside(self) -> bool:
+        """Whether the teacher's guidance is for good inside the UNet rather than an input of it."""
+        return len(self.config.consistency_guidance) == 1
 
+    def add_inputs(self, unet: UNet) -> None:
+        """That of the guidance weight, where it is to be one."""
+        if not self._guidance_is_inside:
+            add_guidance_input(unet)
 
-def load_teacher(
-    config: TrainConfig,
-    scheduler: ConsistencyScheduler,
-    student: UNet,
-    empty_caption: torch.Tensor,
-    device: torch.device | str = "cpu",
-) -> Teacher:
-    """The teacher that the settings name, in fp32.
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The teacher's."""
+        return min(self.config.consistency_guidance), max(self.config.consistency_guidance)
 
-    Raises:
-        ConfigError: it cannot be loaded, is of another noise schedule than the student, or takes other inputs.
-    """
-    source, revision, variant = config.consistency_teacher, None, None
-    if source is None:
-        source, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
-    unet, theirs = freeze(load_unet(source, revision, variant)), load_schedule(source, revision)
-    if not torch.equal(theirs.alphas_cumprod, scheduler.alphas_cumprod):
-        raise ConfigError(f"consistency_teacher: {source!r} has another noise schedule than the student")
-    _check_inputs("consistency_teacher", unet, student)
-    guide_unet = None
-    if config.consistency_guide_unet is not None:
-        guide_unet = freeze(load_guide_unet(config.consistency_guide_unet, "consistency_guide_unet:"))
-        _check_inputs("consistency_guide_unet", guide_unet, student)
-    for network in filter(None, (unet, guide_unet)):
-        use_fast_attention(network.to(device))
-    return Teacher(unet, theirs.config.prediction_type, guide_unet, empty_caption.to(device))
-
-
-def _check_inputs(setting: str, unet: UNet, student: UNet) -> None:
-    for name in ("in_channels", "cross_attention_dim"):
-        if unet.config[name] != student.config[name]:
-            raise ConfigError(f"{setting}: its {name} is {unet.config[name]}, and the student's {student.config[name]}")
-    if getattr(unet.config, "time_cond_proj_dim", None) is not None:
-        raise ConfigError(f"{setting}: it takes its guidance as an input: it is a student itself")
-
-
-class FromTeacher:
-    """What both ways to learn from a teacher hold.
-
-    Args:
-        scheduler: with the steps that the noise levels are divided into.
-        guidance_width: of the student's input for the guidance weight, where it has one.
-    """
-
-    def __init__(
-        self, scheduler: ConsistencyScheduler, teacher: Teacher, accelerator: Accelerator, guidance_width: int | None
-    ):
-        self._scheduler, self._teacher, self._guidance_width = scheduler, teacher, guidance_width
-        self._autocast = accelerator.autocast
+    def prepare(
+        self,
+        accelerator: Accelerator,
+        scheduler: ConsistencyScheduler,
+        unet: UNet,
+        hidden_states: HiddenStates,
+        total_steps: int,
+    ) -> None:
+        """Load the teacher."""
+        teacher = load_teacher(self.config, scheduler, unet, hidden_states([0], [-1]), accelerator.device)
+        self._scheduler, self._teacher, self._autocast = scheduler, teacher, accelerator.autocast
+        self._guidance_width = getattr(unet.config, "time_cond_proj_dim", None)
         self._steps = scheduler.config.original_inference_steps
+
+    def drawing(self) -> dict[str, Any]:
+        """Without guidance, where the teacher's is inside."""
+        return super().drawing() | ({"guidance_scale": 1.0} if self._guidance_is_inside else {})
+
+    def guidance_in_words(self, guidance_scale: float) -> str:
+        """A part of `sampler_in_words`."""
+        return "guidance inside it" if guidance_scale == 1 else super().guidance_in_words(guidance_scale)
 
 
 class Distillation(FromTeacher):
@@ -189,28 +232,33 @@ class TrajectoryDistillation(FromTeacher):
             )
         x_t, repeated = points.flatten(0, 1), repeat(batch, len(grid))
         timesteps = torch.tensor(grid, device=end.device).repeat_interleave(len(end))
-        text = repeated.captions if batch.encoder_hidden_states is None else repeated.encoder_hidden_states
-        output = told(model, repeated, text, self._guidance_width)(x_t, timesteps)
+        output = predict(model, repeated, x_t, timesteps, guidance_width=self._guidance_width).sample
         x_0, _ = predict_x0_and_epsilon(abar, output, x_t, timesteps, self._scheduler.config.prediction_type)
         _, sigma = signal_and_noise_levels(abar, timesteps, x_t)
         error = (x_0.unflatten(0, points.shape[:2]) - end) / sigma.unflatten(0, points.shape[:2])
-        return error.square().mean(dim=(0, 2, 3, 4))
+        return error.square().mean(dim=(0, *range(2, error.ndim)))
 
 
-class ConsistencyTraining:
+class ConsistencyTraining(Consistency):
     """The answer at x_t against that at x_s, both of the same picture and noise: no teacher says where x_t leads, but
-    on the average over pictures the two agree (arXiv 2303.01469, theorem 2).
+    on the average over pictures the two agree (arXiv 2303.01469, theorem 2)."""
 
-    Args:
-        most_steps: into how many the noise levels are divided in the end.
-    """
+    fewest_steps = 10  # into which the noise levels are divided at the beginning (arXiv 2310.14189, section 3.4)
 
-    def __init__(self, scheduler: ConsistencyScheduler, most_steps: int, total_steps: int):
-        self._scheduler, self._most_steps, self._total_steps = scheduler, most_steps, total_steps
+    def prepare(
+        self,
+        accelerator: Accelerator,
+        scheduler: ConsistencyScheduler,
+        unet: UNet,
+        hidden_states: HiddenStates | None,
+        total_steps: int,
+    ) -> None:
+        """Nothing is loaded."""
+        self._scheduler, self._total_steps = scheduler, total_steps
 
     def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
         """The loss of each sample (B,)."""
-        steps = discretization_steps(step, self._total_steps, FEWEST_STEPS, self._most_steps)
+        steps = discretization_steps(step, self._total_steps, self.fewest_steps, self.config.consistency_steps)
         x_t, timesteps, earlier = noised(self._scheduler, batch, len(self._scheduler) // steps)
         x_s = self._scheduler.add_noise(batch.latents, batch.noise, earlier)
         return consistency_loss(model, self._scheduler, batch, (x_t, timesteps), (x_s, earlier))
@@ -244,29 +292,22 @@ def consistency_loss(
 
     Args:
         at, neighbour: x (B, C, h, w) and its timesteps (B,).
-        guidance_width: see `told`.
+        guidance_width: as `predict` takes it.
     """
-    text = batch.captions if batch.encoder_hidden_states is None else batch.encoder_hidden_states
-    student, kind = told(model, batch, text, guidance_width), scheduler.config.prediction_type
+    student, kind = network_for(model, batch, guidance_width=guidance_width), scheduler.config.prediction_type
     with torch.no_grad():
         target = consistency_function(student, scheduler.alphas_cumprod, kind, *neighbour)
     return pseudo_huber(consistency_function(student, scheduler.alphas_cumprod, kind, *at), target)
 
 
-def told(
-    model: torch.nn.Module, batch: Batch, text: torch.Tensor | list[str], guidance_width: int | None = None
-) -> Network:
-    """A network with all that it is told beside x_t and the timesteps.
+OBJECTIVES: dict[str | None, type[Objective]] = {
+    None: Denoising,
+    "distillation": Distillation,
+    "trajectories": TrajectoryDistillation,
+    "training": ConsistencyTraining,
+}
 
-    Args:
-        guidance_width: of its embedding of the teacher's guidance weight, where it takes one.
-    """
-    guidance = {}
-    if guidance_width is not None:
-        guidance["timestep_cond"] = guidance_embedding(batch.guidance_scales - 1, guidance_width)
 
-    def network(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        seen = x_t if batch.conditions is None else torch.cat([x_t, batch.conditions], dim=1)
-        return model(seen, timesteps, text, **guidance).sample
-
-    return network
+def objective_of(config: TrainConfig) -> Objective:
+    """What the settings ask for."""
+    return OBJECTIVES[config.consistency](config)

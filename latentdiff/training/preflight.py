@@ -21,12 +21,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ..config.commands import Check
 from ..config.train import TrainConfig
 from ..data.pictures import CaptionedPictures
-from ..models.latents import encode_moments, to_pixels
+from ..models.latents import encode_moments, psnr, to_pixels
 from ..models.loading import hide_loading_bars
 from ..models.parts import FrozenParts, trained_model
 from .data import Data, load_data
 from .ema import snapshot_steps
-from .objectives import Objective, make_objective
+from .objectives import Objective, objective_of
 from .optimizers import make_optimizer, state_bytes
 from .setup import load_networks, make_accelerator, make_output_dir, optimizer_steps
 
@@ -68,7 +68,8 @@ def check(command: Check, say: Callable[[str], None] = print) -> bool:
     optimizer = make_optimizer(config, model)
     data = load_data(config, accelerator, parts, unet, scheduler)
     parts.to(accelerator.device)
-    objective = make_objective(config, accelerator, scheduler, unet, data, optimizer_steps(config, data.batches))
+    objective = objective_of(config)
+    objective.prepare(accelerator, scheduler, unet, data.hidden_states, optimizer_steps(config, data.batches))
     findings = chain(
         first_look(config, parts, unet, data),
         _vae(parts.vae, data.pictures, accelerator.device),
@@ -101,7 +102,7 @@ def first_look(config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionMod
     yield _captions(parts.tokenizer, pictures)
     if config.cache_latents and data.hidden_states is not None:
         yield _text(data)
-    yield _disk(config, trained_model(parts, unet))
+    yield _disk(config, trained_model(parts, unet), optimizer_steps(config, data.batches))
     has_instructions = SLOW_ON_CPUS.get(config.mixed_precision, lambda: True)
     if not torch.cuda.is_available() and not has_instructions():
         what = f"mixed_precision {config.mixed_precision}: this processor has no instructions for it"
@@ -140,19 +141,19 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _disk(config: TrainConfig, model: torch.nn.Module) -> Finding:
+def _disk(config: TrainConfig, model: torch.nn.Module, total_steps: int) -> Finding:
     """A checkpoint holds the trained weights, their averages, all in fp32, and the optimizer's state. EMA snapshots are
     of the averages alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights, averages = 4 * sum(p.numel() for p in trained), len(config.ema_sigma_rel) or int(config.use_ema)
     each = weights * (1 + averages) + state_bytes(config.optimizer, trained)
     # One more than are kept: the new one is whole before an old one goes.
-    kept = config.checkpoints_total_limit or max(1, config.max_train_steps // config.checkpointing_steps)
+    kept = config.checkpoints_total_limit or max(1, total_steps // config.checkpointing_steps)
     needed, free = each * (kept + 1), shutil.disk_usage(config.output_dir).free
     text = f"checkpoints of {_bytes(each)}, at most {_bytes(needed)} at a time"
     if config.ema_sigma_rel:
-        every = config.ema_snapshot_steps or snapshot_steps(config.max_train_steps)
-        snapshots = -(-config.max_train_steps // every) * len(config.ema_sigma_rel) * weights
+        every = config.ema_snapshot_steps or snapshot_steps(total_steps)
+        snapshots = -(-total_steps // every) * len(config.ema_sigma_rel) * weights
         needed, text = needed + snapshots, f"{text}; EMA snapshots of {_bytes(snapshots)} in all"
     return Finding(f"disk: {text}; {_bytes(free)} free in {config.output_dir}", is_warning=needed > free)
 
@@ -167,8 +168,7 @@ def _vae(vae: AutoencoderKL, pictures: CaptionedPictures, device: torch.device) 
     for row in rows:
         pixels = to_pixels([pictures.image(row)]).to(device)
         mean, _ = encode_moments(vae, pixels)
-        error = (vae.decode(mean.to(vae.dtype)).sample.float().clamp(-1, 1) - pixels) / 2
-        ratios[row] = float(-10 * error.square().mean().clamp(min=1e-10).log10())
+        ratios[row] = float(psnr(vae.decode(mean.to(vae.dtype)).sample, pixels))
     largest.remove()
     worst = min(ratios, key=ratios.get)
     mean = sum(ratios.values()) / len(ratios)

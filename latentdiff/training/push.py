@@ -25,6 +25,7 @@ from ..utils.errors import ConfigError
 from ..utils.hub import PushError, open_repo, pull_folder, push_folder
 from .card import repo_name
 from .export import NOT_PUSHED, as_pipeline, settle_configurations
+from .objectives import objective_of
 
 
 def _link(source: str, target: str) -> None:
@@ -59,7 +60,7 @@ class BackgroundPush:
             pipeline = as_pipeline(parts, unet, scheduler)
             if not self._is_lora:
                 pipeline.save_pretrained(self._model)
-            elif config.consistency is not None:  # adapters go with the scheduler that they were distilled for
+            elif objective_of(config).draws_in_few_steps:  # adapters go with the scheduler that they were distilled for
                 pipeline.scheduler.save_pretrained(self._model)
 
     def start(self, checkpoint: Path, step: int) -> None:

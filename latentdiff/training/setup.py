@@ -12,15 +12,18 @@ from ..config.train import TrainConfig
 from ..data.batches import Batches
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..diffusion.unet_inputs import is_for_inpainting
 from ..models.latents import downsampling_factor
 from ..models.loading import hide_loading_bars, load_frozen, load_schedule, load_unet
 from ..models.lora import add_lora
 from ..models.mp_unet import MPUNet2DConditionModel
 from ..models.parts import FrozenParts, with_trained_text_encoder
-from ..models.unet import UNet, add_guidance_input, build_unet, compile_blocks, use_fast_attention, widen_input
-from ..utils.errors import ConfigError
+from ..models.unet import UNet, build_unet, compile_blocks, use_fast_attention, widen_input
+from ..utils.errors import ConfigError, first_line
 from .deepspeed import is_zero, zero_plugin
 from .fsdp import ShardingAccelerator, sharding_plugin
+from .objectives import objective_of
+from .tasks import task_of
 
 
 def start(config: TrainConfig) -> tuple[Accelerator, Path]:
@@ -70,7 +73,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         if tracker:
             accelerator.init_trackers("latentdiff")
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"mixed_precision or report_to: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"mixed_precision or report_to: {first_line(error)}") from None
     if fsdp and not accelerator.is_fsdp2:
         raise ConfigError("accelerate's use_fsdp: there are no GPUs, or no processes of its launcher, to shard over")
     if zero and not is_zero(accelerator):
@@ -87,8 +90,7 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
     source = config.pretrained_model_name_or_path
     parts = load_frozen(source, config.revision, config.variant)
     latent_channels, text_width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
-    # For inpainting the noisy latents, the mask and the masked picture's latents.
-    in_channels = 2 * latent_channels + 1 if config.task == "inpaint" else latent_channels
+    objective, in_channels = objective_of(config), task_of(config).in_channels(latent_channels)
     scheduler = _noise_schedule(config)
     if config.unet == "pretrained":
         unet = load_unet(source, config.revision, config.variant)
@@ -106,12 +108,8 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
     _check_fits(config, unet, latent_channels, in_channels, text_width)
     if unet.config.in_channels != in_channels:
         widen_input(unet, in_channels)
-    if config.consistency is not None:
-        scheduler = ConsistencyScheduler.from_config(
-            scheduler.config, original_inference_steps=config.consistency_steps
-        )
-        if config.has_teacher and len(config.consistency_guidance) == 2:
-            add_guidance_input(unet)
+    scheduler = objective.scheduler(scheduler)
+    objective.add_inputs(unet)
     if isinstance(unet, MPUNet2DConditionModel):
         _settle_schedule(unet, scheduler)
     use_fast_attention(unet)
@@ -137,7 +135,7 @@ def _settle_schedule(unet: MPUNet2DConditionModel, scheduler: DDPMScheduler) -> 
 def _check_fits(config: TrainConfig, unet: UNet, latent_channels: int, in_channels: int, text_width: int) -> None:
     has = unet.config.in_channels
     if has not in {latent_channels, in_channels} or unet.config.cross_attention_dim != text_width:
-        hint = "; an inpainting model goes on with --task inpaint" if has == 2 * latent_channels + 1 else ""
+        hint = "; an inpainting model goes on with --task inpaint" if is_for_inpainting(has, latent_channels) else ""
         raise ConfigError(
             f"unet: it takes {has} channels and text of {unet.config.cross_attention_dim}; "
             f"VAE and text encoder give {in_channels} and {text_width}{hint}"

@@ -1,27 +1,23 @@
-"""How a run looks while it trains: pictures from fixed prompts and noise, and a loss at fixed timesteps and noise."""
+"""How a run looks while it trains: pictures from fixed prompts and noise, and the loss on held-out pictures."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..config.train import TrainConfig
-from ..data.masks import MaskedExample
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
-from ..pipelines.inpaint import LatentDiffInpaintPipeline
-from ..utils.grid import labelled_grid
-from .card import drawn_with
 from .data import Data
 from .ema import EMA, PowerEMAs
 from .export import as_pipeline
 from .fsdp import is_sharded, parts_put_back
 from .log import RunLog
+from .objectives import objective_of
+from .tasks import task_of
 
 
 class Validation:
@@ -40,7 +36,7 @@ class Validation:
         self._config, self._accelerator, self._parts = config, accelerator, parts
         self._scheduler, self._ema, self._log = scheduler, ema, log
         self._held_out_loss, self._masked_examples = data.held_out_loss, data.masked_examples
-        self._draws = bool(data.masked_examples if config.task == "inpaint" else config.validation_prompts)
+        self._task, self._objective = task_of(config), objective_of(config)
         self._folder = Path(config.output_dir) / "validation"
 
     def __call__(self, model: UNet2DConditionModel | UNetWithTextEncoder, done: int) -> None:
@@ -52,9 +48,9 @@ class Validation:
             return
         swapped = self._ema.swapped_into(model) if self._ema else nullcontext()
         with swapped, parts_put_back(model), torch.compiler.set_stance("force_eager"):
-            if self._held_out_loss.pictures and self._config.consistency is None:  # it is no denoising loss
+            if self._held_out_loss.pictures and self._objective.denoises:
                 self._measure(model, done)
-            if self._draws and done:  # before the first step there is nothing to see
+            if done and self._task.draws(self._masked_examples):  # before the first step there is nothing to see
                 self._draw(networks_of(model)["unet"], done)
 
     def _measure(self, model: torch.nn.Module, done: int) -> None:
@@ -67,13 +63,9 @@ class Validation:
         homes = [(part, part.device) for part in (self._parts.vae, self._parts.text_encoder)]
         self._parts.to(unet.device)
         pipeline = as_pipeline(self._parts, unet, self._scheduler)
-        how = {"seed": self._config.seed, **drawn_with(self._config)}
         with self._accelerator.autocast():
-            if self._config.task == "inpaint":
-                pipeline = LatentDiffInpaintPipeline.from_pipe(pipeline)
-                grid = inpainted_pictures(pipeline, self._masked_examples, **how)
-            else:
-                grid = validation_pictures(pipeline, self._config.validation_prompts, **how)
+            how = self._objective.drawing()
+            grid = self._task.draw(pipeline, self._masked_examples, seed=self._config.seed, **how)
         for part, device in homes:
             part.to(device)
         if not self._accelerator.is_main_process:
@@ -86,51 +78,3 @@ class Validation:
                 tracker.writer.add_image(
                     "validation", picture.view(grid.height, grid.width, 3), done, dataformats="HWC"
                 )
-
-
-def validation_pictures(
-    pipeline, prompts: Sequence[str], *, seed: int, num_inference_steps: int, guidance_scale: float
-) -> Image.Image:
-    """One picture for each prompt, picture i from the noise of seed + i, as a labelled grid."""
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipeline(
-        list(prompts),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=generators,
-    ).images
-    pipeline.unet.train(was_training)
-    return labelled_grid(images, prompts, columns=min(4, len(prompts)))
-
-
-def inpainted_pictures(
-    pipeline: LatentDiffInpaintPipeline,
-    examples: Sequence[MaskedExample],
-    *,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Image.Image:
-    """For each example what the UNet sees of it, what it draws from the noise of seed + i, and what it was: a grid."""
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pipeline.set_progress_bar_config(disable=True)
-    images, labels = [], []
-    for i, example in enumerate(examples):
-        drawn = pipeline(
-            example.caption,
-            image=example.image,
-            mask_image=example.mask,
-            width=example.image.width,
-            height=example.image.height,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed + i),
-        ).images[0]
-        images += [example.masked, drawn, example.image]
-        labels += [example.caption, "drawn", "as it was"]
-    pipeline.unet.train(was_training)
-    return labelled_grid(images, labels, columns=3)

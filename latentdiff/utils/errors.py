@@ -10,3 +10,10 @@ class ConfigError(Exception):
 
 class RunStopped(Exception):
     """A run that cannot go on, by no fault of its settings: its message is one clear line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: what the system calls it, or its message's first line, or the error's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,21 +20,45 @@ def packaged_checkpoint() -> str:
     return os.path.relpath(beside) if beside.is_dir() else "checkpoints/emoji64"
 
 
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write aside, sync, rename: nobody ever finds half a file. The folder is made if need be."""
+def write_whole(path: str | os.PathLike, content: bytes, aside: Path | None = None) -> None:
+    """Write aside, sync, rename: nobody ever finds half a file. The folder is made if need be.
+
+    Args:
+        aside: where it is written at first, in the same folder; by default a hidden name of this process.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = aside or path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside.write_bytes(content)
+        move_into_place(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def move_into_place(aside: Path, final: Path) -> None:
+    """Give what was written aside, a file or a folder, its name once it is on the disk, and put that onto it, too."""
+    for path in [aside] if aside.is_file() else (path for path in aside.rglob("*") if path.is_file()):
+        sync(path)
+    os.replace(aside, final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: str | os.PathLike) -> str:
@@ -65,5 +89,4 @@ def _read_at_loading(folder: Path) -> list[Path]:
 
 @functools.lru_cache(maxsize=4096)
 def _content_sha256(path: Path, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

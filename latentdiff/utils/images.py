@@ -25,6 +25,13 @@ def open_upright(file: Path | BinaryIO) -> Image.Image:
             return upright_rgb(image)
 
 
+def upright(image):
+    """A PIL picture, or those of a list, turned as EXIF says; anything else as it is."""
+    if isinstance(image, list | tuple):
+        return [upright(one) for one in image]
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white.
 

@@ -21,11 +21,10 @@ from latentdiff.diffusion.posthoc_ema import (
     plan,
     profile_error,
     reconstructions,
-    save_snapshot,
     sigma_rel_of,
     snapshot_path,
 )
-from latentdiff.training.ema import PowerEMA
+from latentdiff.training.ema import PowerEMA, save_snapshot
 from tiny import tiny_components
 
 WIDTHS = (0.05, 0.1)

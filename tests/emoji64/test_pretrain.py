@@ -29,7 +29,7 @@ from latentdiff.emoji64.clip import (
     train_tokenizer,
 )
 from latentdiff.emoji64.pretrain import warmup_cosine
-from latentdiff.emoji64.vae import PretrainVAEConfig, blend, compose, normalise_latents, psnr, vae_loss
+from latentdiff.emoji64.vae import PretrainVAEConfig, blend, compose, normalise_latents, reconstruction_psnr, vae_loss
 from latentdiff.models.latents import encode_moments
 from latentdiff.models.loading import load_frozen
 from latentdiff.models.parts import encode_prompt, fingerprint
@@ -337,7 +337,9 @@ def test_psnr_in_closed_form():
         def decode(self, latents):
             return type("O", (), {"sample": latents + 0.2})
 
-    assert psnr(Same(), torch.zeros(2, 3, 4, 4)).tolist() == pytest.approx([20.0, 20.0])  # an error of 0.1 of 1
+    assert reconstruction_psnr(Same(), torch.zeros(2, 3, 4, 4)).tolist() == pytest.approx(
+        [20.0, 20.0]
+    )  # an error of 0.1 of 1
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from latentdiff.models.parts import fingerprint
 from latentdiff.training import objectives, push
 from latentdiff.training.data import load_data
 from latentdiff.training.setup import learning_rate_at, load_networks, optimizer_steps
-from latentdiff.training.validation import validation_pictures
+from latentdiff.training.tasks import validation_pictures
 from latentdiff.utils.errors import ConfigError
 from latentdiff.utils.hub import PushError
 from tests.conftest import _HUB

@@ -17,6 +17,7 @@ from latentdiff.inference import drawing
 from latentdiff.inference import redraw as redrawing
 from latentdiff.inference.recipe import folder_ingredient, read_recipe, save_png
 from latentdiff.models import lora
+from latentdiff.training.ema import save_snapshot
 from tests.inference.test_generate import STEPS, guides, mask, picture, pixels
 from tests.test_cli import fails
 from tiny import tiny_components
@@ -60,7 +61,7 @@ def test_the_average_that_was_chosen_is_in_the_recipe(tiny_pipeline_folder, tmp_
     (folder / posthoc_ema.SNAPSHOTS).mkdir()
     for step in (10, 20):
         unet = tiny_components(seed=step)["unet"]
-        posthoc_ema.save_snapshot(folder / posthoc_ema.SNAPSHOTS, "unet", step, 0.1, unet.state_dict(), unet.config)
+        save_snapshot(folder / posthoc_ema.SNAPSHOTS, "unet", step, 0.1, unet.state_dict(), unet.config)
     path = draw(folder, tmp_path / "averaged", "--prompts", "a cat", "--ema-sigma-rel", "0.1")
     other = draw(folder, tmp_path / "saved", "--prompts", "a cat")
     assert (read_recipe(path).ema_sigma_rel, read_recipe(other).ema_sigma_rel) == (0.1, None)

@@ -16,6 +16,7 @@ from latentdiff import (
     LatentDiffInpaintPipeline,
     LatentDiffPipeline,
 )
+from latentdiff.models.latents import decode_latents, sample_latents
 from latentdiff.models.unet import add_guidance_input
 from tiny import tiny_components
 
@@ -296,3 +297,39 @@ def test_any_other_model_is_drawn_with_as_in_diffusers(subject):
     assert pipe.usual_drawing() == (50, 7.5) and pipe.usual_drawing(3, 1.0) == (3, 1.0)
     pipe("a cat", output_type="latent", **subject.arguments)
     assert pipe.num_timesteps == 50 and pipe.guidance_scale == 7.5
+
+
+# ---- pictures in and out --------------------------------------------------------------------------------------------
+
+
+def test_a_vae_with_a_shift_is_drawn_with_as_it_was_trained_with():
+    """diffusers' newer VAEs have a shift: latents trained with it would be decoded without, in other colours."""
+    pipe = SUBJECTS["image to image"].build()
+    vae, shift = pipe.vae, 0.4
+    vae.register_to_config(shift_factor=shift)
+    pixels = pipe._pixels(PICTURE)
+    with torch.no_grad():
+        mean = vae.encode(pixels).latent_dist.mean
+        latents = pipe._encode_pixels(pixels)
+        torch.testing.assert_close(latents, (mean - shift) * vae.config.scaling_factor)  # as diffusers' SD3 pipeline
+        torch.testing.assert_close(latents, sample_latents(vae.config, mean, mean, torch.zeros_like(mean)))
+        decoded = vae.decode(latents / vae.config.scaling_factor + shift).sample
+        drawn = pipe._decode(latents, None, "pt")[0] * 2 - 1
+        torch.testing.assert_close(drawn, decoded.clamp(-1, 1))
+        torch.testing.assert_close(drawn, decode_latents(vae, latents).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("name", list(SUBJECTS)[1:])
+def test_pictures_and_masks_are_turned_as_their_exif_says(name):
+    """A photograph would be edited lying on its side, though training turns it, and its mask beside it."""
+    subject, turned = SUBJECTS[name], {}
+    for argument, image in subject.arguments.items():
+        if isinstance(image, Image.Image):  # lying on its side, with a note of it
+            turned[argument] = image.transpose(Image.Transpose.ROTATE_90)
+            turned[argument].getexif()[0x0112] = 6
+    pipe = subject.build()
+    call = {"num_inference_steps": STEPS, "output_type": "np", "strength": 0.5}
+    upright, lying = (
+        pipe("a cat", generator=seeded(), **{**subject.arguments, **images, **call}).images for images in ({}, turned)
+    )
+    assert np.array_equal(upright, lying)

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffPipeline
 from latentdiff.diffusion.guidance import guide
-from latentdiff.pipelines.guided_sampling import guidance_embedding
+from latentdiff.diffusion.unet_inputs import guidance_embedding
 from latentdiff.pipelines.portable_saving import adopt_scheduler
 from stranger import stranger_draws
 from tiny import tiny_components

@@ -18,7 +18,9 @@ from latentdiff.config.train import TrainConfig
 from latentdiff.data.batches import Batch
 from latentdiff.diffusion.consistency import ddim_trajectory
 from latentdiff.models.unet import add_guidance_input
-from latentdiff.training.objectives import Teacher, TrajectoryDistillation
+from latentdiff.training import objectives
+from latentdiff.training.objectives import TrajectoryDistillation
+from latentdiff.training.teacher import Teacher
 from latentdiff.utils.errors import ConfigError
 from tiny import tiny_components
 
@@ -121,7 +123,7 @@ def test_validation_draws_without_guidance_what_has_it_inside(train, monkeypatch
         asked.append((num_inference_steps, guidance_scale))
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr("latentdiff.training.setup.validation_pictures", draw)
+    monkeypatch.setattr("latentdiff.training.tasks.validation_pictures", draw)
     for guidance in ((3.0,), (1.0, 3.0)):
         train(**DISTILL, max_train_steps=1, consistency_guidance=guidance, validation_prompts=("a cat",))
     assert asked == [(4, 1.0), (4, TrainConfig.validation_guidance_scale)]
@@ -169,7 +171,7 @@ def test_the_teacher_may_be_another_network(train, tiny_pipeline_folder, tmp_pat
             assert losses(train(**fixed, **named)) != own
 
 
-def test_the_student_of_trajectories_answers_with_their_ends(settings, tiny_pipeline_folder):
+def test_the_student_of_trajectories_answers_with_their_ends(settings, tiny_pipeline_folder, monkeypatch):
     """Else it learns to point elsewhere: a network that knows every end and every way there has no loss, in each of the
     things that a network may put out; and an error counts as that of v does, or one step would hardly be learned."""
     accelerator = Accelerator(cpu=True)
@@ -182,7 +184,9 @@ def test_the_student_of_trajectories_answers_with_their_ends(settings, tiny_pipe
         scheduler = ConsistencyScheduler(original_inference_steps=4, prediction_type=kind)
         abar = scheduler.alphas_cumprod
         taught = Teacher(teacher, "epsilon", None, empty)
-        objective = TrajectoryDistillation(scheduler, taught, accelerator, guidance_width=None)
+        monkeypatch.setattr(objectives, "load_teacher", lambda *_, taught=taught: taught)
+        objective = TrajectoryDistillation(TrainConfig(consistency="trajectories", unet="pretrained"))
+        objective.prepare(accelerator, scheduler, teacher, lambda rows, choices: empty, total_steps=1)
         grid = [249, 499, 749, 999]
         with torch.no_grad():
             points, end = ddim_trajectory(taught.of(batch), abar, "epsilon", noise, grid)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentdiff import cli
+from latentdiff.config.commands import Check
 from latentdiff.config.train import TrainConfig
 from latentdiff.training import preflight
 from latentdiff.training.preflight import check
@@ -37,7 +38,7 @@ def settings(tiny_pipeline_folder, tmp_path) -> dict:
 
 def said(settings: dict, **changes) -> list[str]:
     lines = []
-    check(TrainConfig(**{**settings, **changes}), say=lines.append)
+    check(Check(config=TrainConfig(**{**settings, **changes})), say=lines.append)
     return lines
 
 
@@ -131,6 +132,17 @@ def test_the_size_of_a_checkpoint_is_what_one_takes(script, settings, tmp_path, 
     disk = line(said(settings, **changes), "disk")
     number, unit = re.search(r"checkpoints of ([\d.]+) (\w+)", disk).groups()
     assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(taken, rel=0.01)
+
+
+def test_the_disk_is_reckoned_by_the_steps_that_are_taken(settings):
+    """Where epochs decide, a run of five steps would be refused the disk of a thousand, or the other way round."""
+    changes = {"checkpoints_total_limit": None, "checkpointing_steps": 1, "held_out_fraction": 0.0}
+    changes |= {"ema_sigma_rel": (0.05, 0.1), "ema_snapshot_steps": 1}
+    epochs = said(settings, max_train_steps=1000, num_train_epochs=2, **changes)  # of six pictures in steps of two
+    reset_accelerate()
+    steps = said(settings, max_train_steps=6, **changes)
+    needed = [re.search(r"(checkpoints of .* in all);", line(lines, "disk"))[1] for lines in (epochs, steps)]
+    assert needed[0] == needed[1]
 
 
 def test_on_the_command_line(settings, capsys, tmp_path):

@@ -14,7 +14,7 @@ from latentdiff.models.parts import fingerprint
 from latentdiff.models.unet import widen_input
 from latentdiff.training.ema import EMA
 from latentdiff.training.held_out import TIMESTEPS_PER_PICTURE, HeldOutLoss
-from latentdiff.training.validation import inpainted_pictures, validation_pictures
+from latentdiff.training.tasks import inpainted_pictures, validation_pictures
 from latentdiff.utils.grid import labelled_grid
 from tiny import tiny_components
 
