@@ -247,9 +247,8 @@ def compare(names: list[str], old: dict[str, dict], new: dict[str, dict]) -> boo
 def child(task: str, checkout: Path, old: Path, folder: Path, names: list[str]) -> None:
     """Take the code of `checkout`, do what is asked for, and leave what was found in a file."""
     take_code_of(checkout)
-    import torch
-
     import conftest  # its own Hub on the loopback address, and a home without tokens
+    import torch
 
     torch.set_num_threads(1)
     inputs = places(old, folder)

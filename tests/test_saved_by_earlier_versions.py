@@ -14,9 +14,9 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from conftest import make_pictures
 from latentdiff import ConsistencyScheduler, LatentDiffPipeline, MPUNet2DConditionModel
 from stranger import stranger_draws
+from tiny import make_pictures
 
 FOLDER = Path(__file__).resolve().parent / "fixtures" / "saved_by_0_1"
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
