@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py train    # every variant from every seed; stop it at any time, start it again
     python benchmarks/ablation.py measure  # what is trained and not measured yet
-    python benchmarks/ablation.py report   # benchmarks/ablation.json, the table and the plot of docs/edm2.md
+    python benchmarks/ablation.py report   # benchmarks/results/ablation.json, the table and the plot of docs/edm2.md
 
 All see the same pictures in the same order, under the same noise and captions, in as many steps, and draw from the same
 noise with the same sampler. `--only` picks variants, so that several processes can share the work.
@@ -70,7 +70,7 @@ class Settings:
     """Of each variant."""
     runs: Path = Path("runs/ablation")
     """Where the runs and their measures are kept."""
-    output: str = "benchmarks/ablation"
+    output: str = "benchmarks/results/ablation"
     """Where the report goes: this with .json, .md and .png."""
 
     def folders(self) -> dict[tuple[str, int], Path]:

@@ -1,6 +1,6 @@
 """Half precision against fp32, side by side in one run: pictures, seconds and memory of every way to draw.
 
-    python benchmarks/half_precision.py --output benchmarks/half_precision.json
+    python benchmarks/half_precision.py --output benchmarks/results/half_precision.json
 
 Text to image, image to image and inpainting, on the shipped checkpoint and on a pipeline of Stable Diffusion 1.5's
 shapes with random weights (at 512x512: a GPU's work). Both precisions start from the same weights and noise.

@@ -54,7 +54,7 @@ class Settings:
     """DDIM steps."""
     guidance_scale: float = 4.0
     """Guidance."""
-    output: str = "benchmarks/inpainting"
+    output: str = "benchmarks/results/inpainting"
     """Where the numbers (.json) and the pictures (.png) go, as the beginning of a path."""
 
 

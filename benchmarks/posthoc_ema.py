@@ -43,7 +43,7 @@ class Settings:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    output: str = "benchmarks/posthoc_ema"
+    output: str = "benchmarks/results/posthoc_ema"
     """Where the numbers (.json) and the plot (.png) go, as the beginning of a path."""
 
 

@@ -203,7 +203,7 @@ def shared_recipe(settings: Settings, networks: Networks, row: Row, seed: int) -
         batch_size=settings.batch_size,
         dtype=settings.dtype,
     )
-    height, width = networks.pipeline._picture_size(None, None)
+    height, width = networks.pipeline.picture_size(None, None)
     return picture_recipe(
         command, networks, kind="text2img", height=height, width=width, batch_size=settings.batch_size
     )

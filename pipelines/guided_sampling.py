@@ -1,4 +1,4 @@
-"""The sampling loop that every pipeline here shares: noise, timesteps, guidance, callbacks.
+"""The sampling loop that every pipeline here shares: guidance, steps, callbacks.
 
 Any diffusers scheduler can take part: what its `step` and `set_timesteps` do not have in their signatures they are not
 given. Guidance: see `guidance` and `clip_guidance`.
@@ -14,14 +14,13 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models import UNet2DConditionModel
-from diffusers.schedulers import PNDMScheduler
-from diffusers.utils.torch_utils import randn_tensor
 
 from latentdiff.diffusion.clip_guidance import ClipGuidance
 from latentdiff.diffusion.guidance import GuidanceScale, check_guidance_interval, guidance_weight, guide
 from latentdiff.diffusion.latent_scale import unscale_latents
-from latentdiff.diffusion.noise_schedule import noise_level
+from latentdiff.diffusion.noise_schedule import noise_level, predict_x0_and_epsilon
 from latentdiff.diffusion.unet_inputs import guidance_embedding
+from latentdiff.pipelines.noise_and_timesteps import NoiseAndTimesteps
 
 StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 
@@ -44,10 +43,11 @@ class Conditions:
         return Conditions(**{**self.__dict__, "image_embeds": [e[-batch_size:] for e in self.image_embeds]})
 
 
-class GuidedSampling:
+class GuidedSampling(NoiseAndTimesteps):
     """The loop, for a pipeline that has `unet`, `scheduler`, `vae`, and the state of a call in its attributes."""
 
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    # The last is x_0 as the network predicts it in the step, for previews; a callback cannot change it.
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
 
     # State of the current call. A callback may change it between steps: `pipe._interrupt = True` ends the loop there,
     # `pipe._guidance_scale = 0.0` the guidance.
@@ -56,7 +56,6 @@ class GuidedSampling:
     _guidance_interval: tuple[float, float] | None = None
     _clip_skip = None
     _cross_attention_kwargs = None
-    _num_timesteps = 0
     _interrupt = False
     _autoguided = False
 
@@ -79,15 +78,21 @@ class GuidedSampling:
     def do_classifier_free_guidance(self) -> bool:
         """Whether steps run an unconditional pass too: w can be above 1, and neither another UNet leads away from its
         own answer nor does the UNet take w as an input."""
-        return self._is_guided(self._guidance_scale) and not self._autoguided and self._guidance_embedding_dim is None
+        return self._is_guided(self._guidance_scale) and not self._autoguided and not self.takes_guidance_as_input
 
     @staticmethod
     def _is_guided(guidance_scale: GuidanceScale) -> bool:
         return callable(guidance_scale) or guidance_scale > 1
 
     @property
-    def _guidance_embedding_dim(self) -> int | None:
+    def guidance_embedding_dim(self) -> int | None:
+        """The width of the UNet's input for the guidance weight, where it has one."""
         return getattr(self.unet.config, "time_cond_proj_dim", None)
+
+    @property
+    def takes_guidance_as_input(self) -> bool:
+        """Whether the UNet is told the guidance weight, so that there is nothing to lead away from."""
+        return self.guidance_embedding_dim is not None
 
     @property
     def clip_skip(self) -> int | None:
@@ -98,11 +103,6 @@ class GuidedSampling:
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
         """What the current call hands to the UNet's attention processors."""
         return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of steps of the current call."""
-        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
@@ -124,7 +124,7 @@ class GuidedSampling:
         check_guidance_interval(guidance_interval)
         if guide_unet is not None and (negative_prompt or negative_prompt_embeds is not None):
             raise ValueError("guide_unet leads away from its own answer to the prompt: leave out the negative prompt")
-        if self._guidance_embedding_dim is not None:
+        if self.takes_guidance_as_input:
             for name, given in (
                 ("guidance_interval", guidance_interval is not None),
                 ("guide_unet", guide_unet is not None),
@@ -137,30 +137,6 @@ class GuidedSampling:
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._guidance_interval, self._autoguided = guidance_interval, guide_unet is not None
 
-    def _generators(
-        self,
-        seeds: list[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        num_prompts: int,
-        num_images_per_prompt: int,
-    ) -> tuple[torch.Generator | list[torch.Generator] | None, int]:
-        """(what the noise is drawn with, pictures per prompt).
-
-        With `seeds` every picture has a generator of its own, on the CPU, so that its noise is the same in any batch
-        and on any device. One prompt is drawn once for each seed.
-        """
-        if seeds is None:
-            return generator, num_images_per_prompt
-        if generator is not None:
-            raise ValueError("pass seeds or generator, not both")
-        if num_prompts == 1 and num_images_per_prompt == 1:
-            num_images_per_prompt = len(seeds)
-        if not seeds or len(seeds) != num_prompts * num_images_per_prompt:
-            raise ValueError(
-                f"{len(seeds)} seeds for {num_prompts * num_images_per_prompt} pictures: pass one for each"
-            )
-        return [torch.Generator("cpu").manual_seed(seed) for seed in seeds], num_images_per_prompt
-
     def _noise_levels(self, timesteps: Iterable[float]) -> list[float]:
         """The noise level sigma of each timestep."""
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
@@ -170,103 +146,6 @@ class GuidedSampling:
                 "leave out guidance_interval, clip_guidance and a function as guidance_scale"
             )
         return [noise_level(alphas_cumprod, t) for t in timesteps]
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the first latents (B, C, H, W): `latents`, or noise of `generator`, times the scheduler's sigma.
-
-        Raises:
-            ValueError: a list of generators that is not one for each picture; latents of another shape.
-        """
-        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        return self._noise(shape, generator, dtype, device, latents) * self.scheduler.init_noise_sigma
-
-    def _noise(
-        self,
-        shape: tuple[int, ...],
-        generator: torch.Generator | list[torch.Generator] | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`latents` if they have that shape, or noise of `generator` if there are none."""
-        if latents is None:
-            return self._normal(shape, generator, dtype, device)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call draws {shape}")
-        return latents.to(device=device, dtype=dtype)
-
-    @staticmethod
-    def _normal(
-        shape: tuple[int, ...],
-        generator: torch.Generator | list[torch.Generator] | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """Standard normal noise, of a list of generators a picture each."""
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: pass one, or one for each")
-        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-
-    def _set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: torch.device,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        strength: float = 1.0,
-    ) -> torch.Tensor:
-        """Set the scheduler's timesteps, by number or as given, and return the last `strength` share of them.
-
-        A scheduler that takes a strength itself, as those of few-step models do, takes all its steps within that share.
-        """
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("pass timesteps or sigmas, not both")
-        if not 0 < strength <= 1:
-            raise ValueError(
-                f"strength={strength}: it must lie above 0 and at most at 1, which starts from noise alone"
-            )
-        custom = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
-        takes = inspect.signature(self.scheduler.set_timesteps).parameters.keys()
-        for name in custom.keys() - takes:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no {name} of yours: pass num_inference_steps")
-        options = custom or {"num_inference_steps": num_inference_steps}
-        if not custom and "strength" in takes:
-            options["strength"], strength = strength, 1.0
-        self.scheduler.set_timesteps(**options, device=device)
-        steps = num_inference_steps
-        if custom:  # of which samplers of order 2 make two each but the last
-            steps = math.ceil(len(self.scheduler.timesteps) / self.scheduler.order)
-        # 0.29 * 100 steps is 28.999… in floating point; and never none, which would return the picture as it is.
-        skipped = (steps - max(int(round(steps * strength, 6)), 1)) * self.scheduler.order
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(skipped)
-        remaining = self.scheduler.timesteps[skipped:]
-        if skipped and isinstance(self.scheduler, PNDMScheduler):
-            remaining = self._last_pndm_timesteps(skipped)
-        self._num_timesteps = len(remaining)
-        return remaining
-
-    def _last_pndm_timesteps(self, skipped: int) -> torch.Tensor:
-        """Without the first `skipped` of PNDM's N steps.
-
-        PNDM calls the network twice for its first step, wherever it begins, and so names the second timestep twice.
-        Without that its samples would lag a step behind the timesteps.
-        """
-        if not self.scheduler.config.skip_prk_steps:
-            raise ValueError("PNDMScheduler begins in the middle only with skip_prk_steps=True: set it, or strength=1")
-        timesteps = self.scheduler.timesteps
-        once = torch.cat([timesteps[:1], timesteps[2:]])[skipped:]
-        return torch.cat([once[:2], once[1:]])
 
     def _conditions(
         self,
@@ -282,9 +161,9 @@ class GuidedSampling:
     ) -> Conditions:
         """The conditions of a call's B pictures; `prompts`: B texts, for CLIP guidance alone."""
         timestep_cond = image_embeds = clip_text = None
-        if self._guidance_embedding_dim is not None:
+        if self.takes_guidance_as_input:
             weights = torch.full((batch_size,), self.guidance_scale - 1)
-            timestep_cond = guidance_embedding(weights, self._guidance_embedding_dim).to(device=device, dtype=dtype)
+            timestep_cond = guidance_embedding(weights, self.guidance_embedding_dim).to(device=device, dtype=dtype)
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
             image_embeds = self.prepare_ip_adapter_image_embeds(
                 ip_adapter_image, ip_adapter_image_embeds, device, batch_size, self.do_classifier_free_guidance
@@ -340,15 +219,31 @@ class GuidedSampling:
         for i, t in enumerate(self.progress_bar(timesteps)):
             output = self._predict(latents, t, sigmas[i], prompt_embeds, conditions)
             options = step_kwargs() if callable(step_kwargs) else step_kwargs
+            x_0 = self._predicted_x0(output, t, latents) if "pred_original_sample" in callback_inputs else None
             latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[0]
             if after_step is not None:
                 latents = after_step(i, latents)
             if callback is not None:
-                state = self._call_back(callback, callback_inputs, i, t, latents, prompt_embeds, negative_prompt_embeds)
+                state = self._call_back(
+                    callback, callback_inputs, i, t, latents, prompt_embeds, negative_prompt_embeds, x_0
+                )
                 latents, prompt_embeds, negative_prompt_embeds = state
             if self.interrupt:
                 break
         return latents
+
+    def _predicted_x0(self, model_output: torch.Tensor, t: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """x_0 (B, C, H, W) as the network predicts it in the step that the scheduler is about to take from `sample`.
+
+        Not all schedulers hand it out. Those that keep x_0 + sigma epsilon scale it for the network to the x_t that all
+        others keep.
+        """
+        x_t = sample
+        if hasattr(self.scheduler, "scale_model_input"):
+            x_t = self.scheduler.scale_model_input(sample, t)
+        timestep = round(float(t))  # some schedulers stand between whole ones
+        prediction_type = self.scheduler.config.prediction_type
+        return predict_x0_and_epsilon(self.scheduler.alphas_cumprod, model_output, x_t, timestep, prediction_type)[0]
 
     def _predict(
         self, latents: torch.Tensor, t: torch.Tensor, sigma: float, prompt_embeds: torch.Tensor, conditions: Conditions
@@ -383,7 +278,7 @@ class GuidedSampling:
     ) -> torch.Tensor:
         """Both passes as one batch of 2 B; one pass where there is no guidance; by another UNet a pass of each."""
         batch_size = len(model_input)
-        guided = weight > 1 and self._guidance_embedding_dim is None
+        guided = weight > 1 and not self.takes_guidance_as_input
         if guided and self.do_classifier_free_guidance:
             output = self._run_unet(self.unet, torch.cat([model_input] * 2), t, prompt_embeds, conditions)
             return guide(*output.chunk(2), weight, self.guidance_rescale)
@@ -425,12 +320,14 @@ class GuidedSampling:
         latents: torch.Tensor,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
+        x_0: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Show a user's callback the tensors it asked for; return all three, changed as it wants."""
+        """Show a user's callback the tensors it asked for; return the first three, changed as it wants."""
         state = {
             "latents": latents,
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
+            "pred_original_sample": x_0,
         }
         state |= callback(self, step, timestep, {name: state[name] for name in inputs}) or {}
         changed = state["negative_prompt_embeds"]

@@ -84,7 +84,7 @@ class LatentDiffImg2ImgPipeline(LatentPipeline, DiffusionPipeline):
         self._check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         given = self._given_latents(image)
         pixels = self._pixels(image) if given is None else None
-        height, width = self._picture_size(None, None, given) if pixels is None else pixels.shape[-2:]
+        height, width = self.picture_size(None, None, given) if pixels is None else pixels.shape[-2:]
         callback_inputs = callback_on_step_end_tensor_inputs
         self._check_options(height, width, output_type, num_images_per_prompt, clip_skip, callback_inputs)
         device = self._execution_device

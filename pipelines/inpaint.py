@@ -175,7 +175,7 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         )
         self._check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         given = self._given_latents(image)
-        height, width = self._picture_size(height, width, given if latents is None else latents)
+        height, width = self.picture_size(height, width, given if latents is None else latents)
         callback_inputs = callback_on_step_end_tensor_inputs
         self._check_options(height, width, output_type, num_images_per_prompt, clip_skip, callback_inputs)
         self._check_inpainting(

@@ -150,7 +150,7 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )  # fmt: skip
         self._set_guidance(*guidance)
-        height, width = self._picture_size(height, width, latents)
+        height, width = self.picture_size(height, width, latents)
         self._check_prompts(prompts, prompt_embeds, negative_prompt, negative_prompt_embeds)
         callback_inputs = callback_on_step_end_tensor_inputs
         self._check_options(height, width, output_type, 1, clip_skip, callback_inputs)

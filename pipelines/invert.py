@@ -246,7 +246,7 @@ class LatentDiffInversionPipeline(LatentPipeline, DiffusionPipeline):
         """Pictures, or their latents, as latents (N, C, h, w): the mean of what the VAE thinks, without noise."""
         latents = self._given_latents(image)
         pixels = self._pixels(image) if latents is None else None
-        height, width = self._picture_size(None, None, latents) if pixels is None else pixels.shape[-2:]
+        height, width = self.picture_size(None, None, latents) if pixels is None else pixels.shape[-2:]
         self._check_options(height, width, output_type, 1, clip_skip, callback_inputs)
         latents = self._encode_pixels(pixels) if latents is None else latents
         return latents.to(device=self._execution_device, dtype=self.unet.dtype)

@@ -122,7 +122,7 @@ class LatentPipeline(
         steps, scale = 50, 7.5
         if issubclass(scheduler or type(self.scheduler), ConsistencyScheduler | LCMScheduler):
             steps = min(4, self.scheduler.config.get("original_inference_steps", 4))
-            scale = 1.0 if self._guidance_embedding_dim is None else scale
+            scale = 1.0 if self.guidance_embedding_dim is None else scale
         return (
             steps if num_inference_steps is None else num_inference_steps,
             scale if guidance_scale is None else guidance_scale,
@@ -260,7 +260,7 @@ class LatentPipeline(
         if hasattr(self.unet, "check_schedule"):
             self.unet.check_schedule(self.scheduler.config)
 
-    def _picture_size(
+    def picture_size(
         self, height: int | None, width: int | None, latents: torch.Tensor | None = None
     ) -> tuple[int, int]:
         """Height and width in pixels: as asked for, else of the given latents, else what the UNet was trained at."""

@@ -149,6 +149,14 @@ def _module_name(kind: type) -> str:
     return kind.__module__.rsplit(".", 1)[-1]
 
 
+def keep_code(network: object) -> None:
+    """Read what `save_pretrained` will write beside a network now: what a long run saves at its end is then the code
+    that it ran, whatever has become of the files since."""
+    code_files()
+    if kind := carried_class(network):
+        network_code(kind)
+
+
 class PortableSaving:
     """`save_pretrained` and the index for a DiffusionPipeline over Stable Diffusion's components."""
 
@@ -216,6 +224,3 @@ class PortableSaving:
             if type(self.scheduler).__name__ in (theirs.__name__, ours.__name__):
                 index["scheduler"] = ["diffusers", theirs.__name__]
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-code_files()  # now: what a long run saves at its end is the code that it ran, whatever has become of the files since

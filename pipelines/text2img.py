@@ -100,7 +100,7 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )
-        height, width = self._picture_size(height, width, latents)
+        height, width = self.picture_size(height, width, latents)
         self._check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         callback_inputs = callback_on_step_end_tensor_inputs
         self._check_options(height, width, output_type, num_images_per_prompt, clip_skip, callback_inputs)

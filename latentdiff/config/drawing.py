@@ -8,18 +8,15 @@ import tyro
 
 from ..utils.errors import ConfigError
 from .checks import at_least_1, within
+from .sampling import Sampling, Steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(Steps):
     """What every command that draws takes."""
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a saved pipeline, or a model on the Hub as owner/name."""
-    num_inference_steps: int | None = None
-    """Denoising steps; by default 50, and 4 of a checkpoint that was distilled to draw in few."""
-    guidance_scale: float | None = None
-    """Weight of guidance; 1 is none. By default 7.5, and 1 of a distilled checkpoint with guidance of its own."""
     seed: int = 0
     """Picture i starts from the noise of seed + i."""
     batch_size: int = 32
@@ -29,25 +26,11 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing(Command):
+class Drawing(Sampling, Command):
     """What `generate`, `edit` and `interpolate` share."""
 
     batch_size: int = 8
     """Pictures drawn at a time; but for a last bit here and there it does not change them."""
-    negative_prompt: str = ""
-    """What guidance leads away from."""
-    scheduler: Literal["ddim", "ddpm", "euler", "dpm++", "unipc", "lcm"] | None = None
-    """By default the checkpoint's own; lcm is for those distilled to draw in few steps."""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
-    """How a few steps are spread over all; by default as the checkpoint says."""
-    karras_sigmas: bool = False
-    """Noise levels as in arXiv 2206.00364, for euler, dpm++ and unipc."""
-    eta: float = 0.0
-    """Noise that ddim adds at each step, from 0 to 1."""
-    guidance_rescale: float = 0.0
-    """Keeps strong guidance from burning out the colours (arXiv 2305.08891); from 0 to 1."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide between these noise levels alone, such as 0.3 5 or 0.3 inf (arXiv 2404.07724)."""
     guide_unet: Path | None = None
     """Folder of a worse UNet, or of a pipeline with one, to lead away from instead (arXiv 2406.02507)."""
     lora: Path | None = None
@@ -56,10 +39,6 @@ class Drawing(Command):
     """Scale of guidance by a CLIP (arXiv 2112.10741); needs --clip."""
     clip: Path | None = None
     """Folder of that CLIP."""
-    prompt_weights: bool = False
-    """Read "a (red:1.3) apple" as a weight."""
-    long_prompts: bool = False
-    """Read all of a prompt that is longer than the text encoder's limit."""
     ema_sigma_rel: float | None = None
     """Draw with the average of the weights of this relative width, such as 0.08, which is made of the snapshots of a
     run with --ema_sigma_rel (arXiv 2312.02696); by default with the weights that were saved."""

@@ -18,7 +18,6 @@ from ..config.train import TrainConfig
 from ..data import emoji
 from ..evaluation.ema import SWEEP
 from ..evaluation.report import CURVE, NUMBERS, read_numbers, rows
-from ..pipelines.portable_saving import write_code
 from ..training.card import training_command
 from ..training.objectives import objective_of
 from ..training.tasks import task_of
@@ -67,7 +66,6 @@ def main(config: PublishConfig) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         if path.exists():
             shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
-    write_code(output)  # today's, whatever the run was saved with
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _plot(log, output / CURVES, objective.name)
     model_card(

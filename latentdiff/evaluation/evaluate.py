@@ -116,7 +116,7 @@ def evaluate(command: Evaluate) -> None:
         raise ConfigError(f"--likelihood: {command.checkpoint} is a consistency model, whose answers bound none")
     network = feature_networks.load(command.network, networks.pipeline.device)
     clip = command.clip_score and load_clip(command.clip_score, networks.pipeline, "--clip-score", scale=1.0)
-    height, width = networks.pipeline._picture_size(None, None)
+    height, width = networks.pipeline.picture_size(None, None)
     questions = (
         emoji_questions(command.count)
         if command.data is None

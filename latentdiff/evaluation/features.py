@@ -7,25 +7,30 @@ eyes (Stein et al. 2023, arXiv 2306.04675), are there where their weights are.
 """
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.entry_store import ENCODE_BATCH, EntryStore, as_keys, key_of
 from ..inference.loading import HUB_ID
-from ..models.loading import _only_weights_unpickled
+from ..models.latents import to_pixels
 from ..models.parts import fingerprint, freeze
 from ..utils.errors import ConfigError, first_line
 from . import efficientnet_lite
 
 NETWORKS = ("efficientnet-lite0", "inception-v3")
 DINO_RESOLUTION = 224
+_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class FeatureNetwork(Protocol):
@@ -79,9 +84,10 @@ class InceptionV3(nn.Module):
                 f"network: 'inception-v3' needs the package {error.name or 'torch-fidelity'}: "
                 "pip install torch-fidelity torchvision"
             ) from None
+        if os.environ.get(_UNSAFE):  # torch's default would be safe
+            raise ConfigError(f"network: the weights of 'inception-v3' are a pickle, which is not read under {_UNSAFE}")
         try:
-            with _only_weights_unpickled():
-                self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"])
+            self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"])
         except (OSError, RuntimeError, UnpicklingError) as error:
             folder = Path(torch.hub.get_dir()) / "checkpoints"
             raise ConfigError(
@@ -128,6 +134,41 @@ class DinoV2(nn.Module):
         size = (DINO_RESOLUTION, DINO_RESOLUTION)
         resized = F.interpolate(images.to(self.mean), size, mode="bicubic", align_corners=False, antialias=True)
         return self.network(((resized.clamp(-1, 1) + 1) / 2 - self.mean) / self.std).pooler_output
+
+
+def extract_features(
+    network: FeatureNetwork,
+    images: Sequence[Image.Image],
+    folder: Path | None = None,
+    keys: Iterable[bytes] | None = None,
+) -> torch.Tensor:
+    """RGB pictures of one size -> (N, D) float32 on the CPU.
+
+    A picture's features are the same to the last bit with whatever others they are asked for.
+
+    Args:
+        folder: where features are kept and read from, under the hashes of network and picture; then all processes call
+            this together and share the work.
+        keys: a digest of what each picture follows from; by default of its pixels.
+    """
+
+    def look(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        batch = [images[i] for i in numbers]
+        filled = to_pixels(batch + [batch[-1]] * (ENCODE_BATCH - len(batch)))
+        return {"features": network.features(filled)[: len(batch)].float().cpu()}
+
+    if folder is None:
+        starts = tqdm(range(0, len(images), ENCODE_BATCH), desc="looking at pictures", unit="batch")
+        numbers = range(len(images))
+        return torch.cat([look(numbers[start : start + ENCODE_BATCH])["features"] for start in starts])
+    store = EntryStore(folder / f"features-{key_of(network.name, network.sha256).hex()}")
+    positions = store.fill(as_keys(keys or map(picture_key, images), len(images)), look, "looking at pictures")
+    return store.read(positions)["features"]
+
+
+def picture_key(image: Image.Image) -> bytes:
+    """A digest of an RGB picture's size and pixels."""
+    return key_of(str(image.size), image.tobytes())
 
 
 def sha256_of(keys: Iterable[bytes]) -> str:

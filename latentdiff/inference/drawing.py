@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .. import __version__
+from ..config.sampling import Sampling
 from ..pipelines.img2img import LatentDiffImg2ImgPipeline
 from ..pipelines.inpaint import LatentDiffInpaintPipeline
 from ..pipelines.interpolate import LatentDiffInterpolatePipeline
@@ -19,7 +22,7 @@ from ..pipelines.invert import LatentDiffInversionPipeline
 from ..public import LatentDiffPipeline
 from ..utils.errors import ConfigError
 from ..utils.images import crop_box, open_upright, resized
-from .loading import Networks, make_scheduler
+from .loading import SCHEDULERS, Networks, make_scheduler
 from .recipe import Recipe
 
 PIPELINES = {
@@ -80,16 +83,8 @@ def draw_recipes(
         ConfigError: something in a recipe that these networks cannot do.
     """
     recipe = recipes[0]
-    options = _options(networks, recipe)
-    if recipe.image is not None:
-        options |= {"image": image, "strength": recipe.strength}
-    if recipe.mask is not None:
-        options |= {"mask_image": mask, "mask_blur": recipe.mask_blur, "keep_unmasked": recipe.keep_unmasked}
-    if recipe.kind in ("text2img", "inpaint"):
-        options |= {"height": recipe.height, "width": recipe.width}
-    pipeline = pipeline_of(networks, recipe)
+    pipeline, options = pipeline_of(networks, recipe), call_options(networks, recipe, image, mask)
     if recipe.kind == "invert":
-        options |= {"source_prompt": recipe.source_prompt}
         pipeline = _without_chance(pipeline)
     prompts, seeds = [each.prompt for each in recipes], [each.seed for each in recipes]
     with _mistakes_in(recipe, networks):
@@ -104,14 +99,9 @@ def draw_frames(networks: Networks, recipe: Recipe) -> list[Image.Image]:
     """
     with _mistakes_in(recipe, networks):
         return pipeline_of(networks, recipe)(
-            [recipe.prompt, *recipe.prompts],
-            [recipe.seed, *recipe.seeds],
-            recipe.frames,
-            loop=recipe.loop,
-            batch_size=recipe.batch_size,
-            height=recipe.height,
-            width=recipe.width,
-            **_options(networks, recipe),
+            prompts=[recipe.prompt, *recipe.prompts],
+            seeds=[recipe.seed, *recipe.seeds],
+            **call_options(networks, recipe),
         ).images
 
 
@@ -144,14 +134,20 @@ def pipeline_of(networks: Networks, recipe: Recipe) -> DiffusionPipeline:
     return pipeline
 
 
-def _options(networks: Networks, recipe: Recipe) -> dict[str, Any]:
-    """What all kinds of pipelines take."""
+def call_options(
+    networks: Networks, recipe: Recipe, image: Image.Image | None = None, mask: Image.Image | None = None
+) -> dict[str, Any]:
+    """What the pipeline of a recipe's kind is called with, but for prompts and noise.
+
+    Args:
+        image, mask: those that the recipe names, of its size.
+    """
     interval = recipe.guidance_interval
     if interval is not None and interval[1] is None:
         interval = (interval[0], math.inf)
     if recipe.clip is not None:
         networks.clip.model.scale = recipe.clip_guidance
-    options = {
+    every = {
         "negative_prompt": recipe.negative_prompt or None,
         "num_inference_steps": recipe.num_inference_steps,
         "guidance_scale": recipe.guidance_scale,
@@ -162,7 +158,44 @@ def _options(networks: Networks, recipe: Recipe) -> dict[str, Any]:
         "guide_unet": None if recipe.guide_unet is None else networks.guide_unet.model,
         "clip_guidance": None if recipe.clip is None else networks.clip.model,
     }
-    return options if recipe.kind == "invert" else options | {"eta": recipe.eta}
+    size = {"height": recipe.height, "width": recipe.width}
+    edited = {"image": image, "strength": recipe.strength}
+    painted = {"mask_image": mask, "mask_blur": recipe.mask_blur, "keep_unmasked": recipe.keep_unmasked}
+    film = {"num_frames": recipe.frames, "loop": recipe.loop, "batch_size": recipe.batch_size}
+    eta = {"eta": recipe.eta}
+    return (
+        every
+        | {
+            "text2img": size | eta,
+            "img2img": edited | eta,
+            "inpaint": edited | painted | size | eta,
+            "invert": edited | {"source_prompt": recipe.source_prompt},
+            "interpolate": film | size | eta,
+        }[recipe.kind]
+    )
+
+
+def recipe_of(networks: Networks, sampling: Sampling, **values: Any) -> Recipe:
+    """What is drawn with options of sampling; what they leave open is filled in as suits the model.
+
+    Args:
+        values: what of a recipe is no option of sampling, and those that this kind of picture has of its own.
+    """
+    scheduler = SCHEDULERS[sampling.scheduler] if sampling.scheduler else type(networks.own_scheduler)
+    steps, guidance_scale = networks.pipeline.usual_drawing(
+        sampling.num_inference_steps, sampling.guidance_scale, scheduler
+    )
+    interval = sampling.guidance_interval
+    options = {field.name: getattr(sampling, field.name) for field in fields(Sampling)} | {
+        "num_inference_steps": steps,
+        "guidance_scale": float(guidance_scale),
+        "scheduler": scheduler.__name__,
+        "guidance_interval": interval and (interval[0], interval[1] if interval[1] < math.inf else None),
+        "guide_unet": networks.guide_unet and networks.guide_unet.ingredient,
+        "clip": networks.clip and networks.clip.ingredient,
+        "version": __version__,
+    }
+    return Recipe(**(options | networks.in_recipes() | values))
 
 
 def open_input(path: Path, flag: str, width: int, height: int) -> Image.Image:

@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..config.drawing import Drawing, Edit, Generate, Interpolate, PictureList
+from ..config.sampling import SCHEDULERS
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..utils.errors import ConfigError
 from ..utils.files import write_whole
 from ..utils.films import check_animation, save_animation, strip
 from ..utils.grid import labelled_grid
-from .drawing import draw_frames, draw_recipes, open_input
-from .loading import SCHEDULERS, Networks, load_networks
+from .drawing import draw_frames, draw_recipes, open_input, recipe_of
+from .loading import Networks, load_networks
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png
 
 PICTURES_FOLDER = "pictures"
@@ -46,7 +47,7 @@ def edit(command: Edit) -> None:
         values |= {"kind": "inpaint", "strength": 1.0, "mask": _ingredient(command.mask, "--mask")}
         values |= {"mask_blur": command.mask_blur, "keep_unmasked": command.keep_unmasked}
     if command.source_prompt is not None:
-        values |= {"kind": "invert", "source_prompt": command.source_prompt, "scheduler": SCHEDULERS["ddim"].__name__}
+        values |= {"kind": "invert", "source_prompt": command.source_prompt, "scheduler": SCHEDULERS["ddim"].class_name}
     if command.strength is not None:
         values["strength"] = command.strength
     networks = load(command)
@@ -110,7 +111,7 @@ def load(command: Drawing) -> Networks:
 
 def picture_size(command: PictureList | Interpolate, networks: Networks) -> tuple[int, int]:
     """Width and height in pixels: as asked for, else what the UNet was trained at."""
-    height, width = networks.pipeline._picture_size(command.height, command.width)
+    height, width = networks.pipeline.picture_size(command.height, command.width)
     for flag, side in (("--height", height), ("--width", width)):
         factor = networks.pipeline.vae_scale_factor
         if side % factor or side > MAX_SIDE:
@@ -119,33 +120,18 @@ def picture_size(command: PictureList | Interpolate, networks: Networks) -> tupl
 
 
 def picture_recipe(command: Drawing, networks: Networks, **values: Any) -> Recipe:
-    """What all pictures of a command share, with the first one's seed and no prompt."""
-    low_high = command.guidance_interval
-    scheduler = SCHEDULERS[command.scheduler] if command.scheduler else type(networks.own_scheduler)
-    common = {"prompt": "", "seed": command.seed, "scheduler": scheduler.__name__}
-    asked = (command.num_inference_steps, command.guidance_scale)
-    steps, guidance_scale = networks.pipeline.usual_drawing(*asked, scheduler)
-    if command.negative_prompt and guidance_scale <= 1:
-        raise ConfigError(f"--negative-prompt: has no effect at guidance scale {guidance_scale:g}")
-    if command.negative_prompt and networks.pipeline._guidance_embedding_dim is not None:
+    """What all pictures of a command share, with the first one's seed and no prompt.
+
+    Raises:
+        ConfigError: a negative prompt that nothing is led away from.
+    """
+    given = {"prompt": "", "seed": command.seed, "clip_guidance": command.clip_guidance}
+    recipe = recipe_of(networks, command, **(given | values))
+    if command.negative_prompt and recipe.guidance_scale <= 1:
+        raise ConfigError(f"--negative-prompt: has no effect at guidance scale {recipe.guidance_scale:g}")
+    if command.negative_prompt and networks.pipeline.takes_guidance_as_input:
         raise ConfigError("--negative-prompt: has no effect on this checkpoint, whose guidance is inside its UNet")
-    return Recipe(
-        negative_prompt=command.negative_prompt,
-        num_inference_steps=steps,
-        timestep_spacing=command.timestep_spacing,
-        karras_sigmas=command.karras_sigmas,
-        guidance_scale=guidance_scale,
-        guidance_rescale=command.guidance_rescale,
-        guidance_interval=low_high and (low_high[0], low_high[1] if low_high[1] < float("inf") else None),
-        eta=command.eta,
-        prompt_weights=command.prompt_weights,
-        long_prompts=command.long_prompts,
-        guide_unet=networks.guide_unet and networks.guide_unet.ingredient,
-        clip=networks.clip and networks.clip.ingredient,
-        clip_guidance=command.clip_guidance,
-        version=__version__,
-        **(networks.in_recipes() | common | values),
-    )
+    return recipe
 
 
 def _draw(

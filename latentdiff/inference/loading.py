@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import is_peft_available
 from safetensors import SafetensorError
 
+from ..config import sampling
 from ..diffusion.clip_guidance import ClipGuidance
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddim import DDIMScheduler
@@ -24,13 +25,10 @@ from .recipe import Ingredient, Recipe, folder_ingredient
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "lcm": ConsistencyScheduler,
+_OURS = {kind.__name__: kind for kind in (DDIMScheduler, DDPMScheduler, ConsistencyScheduler)}
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    name: _OURS.get(names.class_name) or getattr(diffusers, names.class_name)
+    for name, names in sampling.SCHEDULERS.items()
 }
 
 

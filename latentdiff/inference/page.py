@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageChops
 
+from ..config.sampling import SCHEDULERS
 from ..utils.errors import ConfigError, first_line
 from ..utils.films import save_animation, strip
 from ..utils.images import upright_rgb
@@ -33,10 +34,6 @@ from .session import (
 )
 
 BRUSH = ("#6366f1", 0.7)
-SCHEDULERS = [
-    ("DDIM", "ddim"), ("DDPM", "ddpm"), ("Euler", "euler"), ("DPM-Solver++", "dpm++"), ("UniPC", "unipc"),
-    ("Consistency (LCM)", "lcm"),
-]  # fmt: skip
 CANVAS = 512  # pixels on which a mask is painted, whatever the picture's size
 KEPT = 100  # pictures in a session's gallery
 # System fonts: the page loads nothing from anywhere else.
@@ -112,7 +109,12 @@ class Page:
                 self.draw_film = gr.Button("Draw the film", variant="primary")
         with gr.Row():
             self.steps = gr.Number(usual.steps, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=90)
-            self.scheduler = gr.Dropdown(SCHEDULERS, value=usual.scheduler, label="Scheduler", min_width=150)
+            self.scheduler = gr.Dropdown(
+                [(names.title, name) for name, names in SCHEDULERS.items()],
+                value=usual.scheduler,
+                label="Scheduler",
+                min_width=150,
+            )
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
         with gr.Row(equal_height=True):
             self.guidance = gr.Slider(

@@ -9,12 +9,13 @@ import json
 import os
 import types
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from PIL import Image, PngImagePlugin
 
+from ..config.sampling import SCHEDULERS, Sampling
 from ..utils.errors import ConfigError
 from ..utils.files import file_sha256, folder_sha256, write_whole
 
@@ -31,14 +32,7 @@ MAX_FRAMES = 10_000
 MAX_NAME = 200
 
 Kind = Literal["text2img", "img2img", "inpaint", "invert", "interpolate"]
-SAMPLERS = {
-    "DDIMScheduler": "DDIM",
-    "DDPMScheduler": "DDPM",
-    "EulerDiscreteScheduler": "Euler",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "UniPCMultistepScheduler": "UniPC",
-    "ConsistencyScheduler": "LCM",
-}
+SAMPLERS = {names.class_name: names.sampler for names in SCHEDULERS.values()}
 
 
 class RecipeError(ConfigError):
@@ -66,8 +60,11 @@ class Ingredient:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Sampling):
     """What one picture, or one interpolation, follows from. None: this kind of picture has no such thing.
+
+    Of the options of sampling nothing is open, and the scheduler is named by its class; its settings are the
+    checkpoint's but for the spacing and the noise levels.
 
     Raises:
         RecipeError: a value that is out of its range, or that this kind of picture lacks or has no use for.
@@ -75,23 +72,15 @@ class Recipe:
 
     kind: Kind
     prompt: str
-    negative_prompt: str = ""
     seed: int
     """The picture starts from the noise of a CPU generator with this seed, and each step draws from it, too."""
-    num_inference_steps: int
-    scheduler: str
-    """Name of its class; its settings are the checkpoint's but for the next two."""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
-    karras_sigmas: bool = False
-    guidance_scale: float
-    guidance_rescale: float = 0.0
+    num_inference_steps: int = field()
+    guidance_scale: float = field()
+    scheduler: str = field()
     guidance_interval: tuple[float, float | None] | None = None
     """(sigma_lo, sigma_hi); None in the second place: no upper end."""
-    eta: float = 0.0
     height: int
     width: int
-    prompt_weights: bool = False
-    long_prompts: bool = False
     guide_unet: Ingredient | None = None
     clip: Ingredient | None = None
     clip_guidance: float | None = None
@@ -241,8 +230,8 @@ def _dataclass_of(kind: type, values: Any, where: str) -> Any:
     return kind(**{name: _typed(value, known[name], name) for name, value in values.items()})
 
 
-def _is_required(field: Any) -> bool:
-    return field.default is field.default_factory  # both are dataclasses' MISSING
+def _is_required(one: Any) -> bool:
+    return one.default is one.default_factory  # both are dataclasses' MISSING
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:

@@ -4,7 +4,6 @@ A drawing is a generator: it yields a `Preview` every few steps and ends with a 
 """
 
 import contextlib
-import functools
 import logging
 import math
 import queue
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import __version__
+from ..config.sampling import SCHEDULERS, Sampling
 from ..diffusion.latent_scale import unscale_latents
-from ..diffusion.noise_schedule import predict_x0_and_epsilon
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..utils.images import FORMATS, crop_box, resized, upright_rgb
-from .drawing import pipeline_of
-from .loading import SCHEDULERS, Networks
+from .drawing import call_options, pipeline_of, recipe_of
+from .loading import Networks
 from .recipe import Recipe, file_ingredient
 
 MAX_PIXELS = 16_000_000  # of a picture to start from; 48 MB once it is unpacked
@@ -39,21 +37,20 @@ PREVIEWS = 10  # about as many in one drawing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What every drawing takes.
+class Settings(Sampling):
+    """What every drawing takes; of the options of sampling the page shows some.
 
     Raises:
         ValueError: one of them is out of its range; the message names it.
     """
 
     prompt: str
-    negative_prompt: str = ""
     seed: int | None = None
     """None is any; the recipe says which it was."""
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
     scheduler: str = "ddim"
-    """One of `loading.SCHEDULERS`."""
+    """One of `SCHEDULERS`."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -78,7 +75,7 @@ class Usual:
     """With what a checkpoint draws well."""
 
     scheduler: str
-    """One of `loading.SCHEDULERS`."""
+    """One of `SCHEDULERS`."""
     steps: int
     guidance_scale: float
     draws_in_few_steps: bool
@@ -173,7 +170,7 @@ class Studio:
         values = {"kind": "inpaint", "strength": float(strength), "keep_unmasked": True}
         values |= {"image": file_ingredient(image), "mask": file_ingredient(mask), "mask_blur": max(picture.size) // 32}
         recipe = make_recipe(self.inpainting, settings, **values)
-        return self._draw(self.inpainting, stop, recipe, image=picture, mask_image=painted)
+        return self._draw(self.inpainting, stop, recipe, image=picture, mask=painted)
 
     def interpolate(
         self,
@@ -233,7 +230,7 @@ class Studio:
 
 def picture_size(networks: Networks) -> tuple[int, int]:
     """Width and height of what is drawn, in pixels: what the UNet was trained at."""
-    height, width = networks.pipeline._picture_size(None, None)
+    height, width = networks.pipeline.picture_size(None, None)
     return width, height
 
 
@@ -245,19 +242,8 @@ def fitted(path: Path, networks: Networks) -> Image.Image:
 
 def make_recipe(networks: Networks, settings: Settings, **of_kind) -> Recipe:
     settings, (width, height) = settings.with_seed(), picture_size(networks)
-    return Recipe(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt,
-        seed=settings.seed,
-        num_inference_steps=settings.num_inference_steps,
-        scheduler=SCHEDULERS[settings.scheduler].__name__,
-        guidance_scale=float(settings.guidance_scale),
-        height=height,
-        width=width,
-        version=__version__,
-        **networks.in_recipes(),
-        **of_kind,
-    )
+    given = {"prompt": settings.prompt, "seed": settings.seed, "width": width, "height": height}
+    return recipe_of(networks, settings, **(given | of_kind))
 
 
 def draw(
@@ -267,7 +253,7 @@ def draw(
     should_stop: Callable[[], bool],
     show: Callable[[Preview], None] | None,
 ) -> Drawing | Stopped:
-    """Follow a recipe, with the pictures it names in `inputs` under the names that the pipeline has for them.
+    """Follow a recipe, with the pictures it names in `inputs`, by the names that it has for them.
 
     Args:
         show: is given the previews; None where there are to be none.
@@ -278,30 +264,24 @@ def draw(
     pipeline.set_progress_bar_config(disable=True)
     watch = _Watch(pipeline, math.ceil((recipe.frames or 1) / recipe.batch_size), show, should_stop)
     with warnings_of_pipelines() as notes:
-        images = pipeline(**arguments(recipe), **inputs, callback_on_step_end=watch.after_step).images
+        images = pipeline(
+            **call_options(networks, recipe, **inputs),
+            **words_and_noise(recipe),
+            callback_on_step_end=watch.after_step,
+            callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        ).images
     return watch.stopped or Drawing(images, recipe, tuple(notes))
 
 
-def arguments(recipe: Recipe) -> dict[str, Any]:
-    """What the pipeline of this kind is called with, but for pictures."""
-    every = {
-        "negative_prompt": recipe.negative_prompt or None,
-        "num_inference_steps": recipe.num_inference_steps,
-        "guidance_scale": recipe.guidance_scale,
-    }
+def words_and_noise(recipe: Recipe) -> dict[str, Any]:
+    """The rest of what a pipeline is called with."""
     if recipe.kind == "interpolate":
-        path = {"prompts": [recipe.prompt, *recipe.prompts], "seeds": [recipe.seed, *recipe.seeds]}
-        return every | path | {"num_frames": recipe.frames, "loop": recipe.loop, "batch_size": recipe.batch_size}
-    own = {name: getattr(recipe, name) for name in ("strength", "mask_blur", "keep_unmasked")}
-    own = {name: value for name, value in own.items() if value is not None}
-    return every | own | {"prompt": recipe.prompt, "seeds": [recipe.seed]}
+        return {"prompts": [recipe.prompt, *recipe.prompts], "seeds": [recipe.seed, *recipe.seeds]}
+    return {"prompt": recipe.prompt, "seeds": [recipe.seed]}
 
 
 class _Watch:
-    """Looks over a pipeline's shoulder: previews of what it draws, and the end when somebody asks for it.
-
-    Not all schedulers hand out the x_0 that they predict, so it is computed from what `step` is given.
-    """
+    """Looks over a pipeline's shoulder: previews of what it draws, and the end when somebody asks for it."""
 
     def __init__(
         self, pipeline: Any, batches: int, show: Callable[[Preview], None] | None, should_stop: Callable[[], bool]
@@ -309,15 +289,6 @@ class _Watch:
         self.pipeline, self.batches, self.show, self.should_stop = pipeline, batches, show, should_stop
         self.done = 0
         self.stopped: Stopped | None = None
-        self._x0: torch.Tensor | None = None
-        step = pipeline.scheduler.step
-
-        @functools.wraps(step)  # pipelines look at its signature
-        def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args, **kwargs):
-            self._x0 = predicted_x0(pipeline.scheduler, model_output, timestep, sample)
-            return step(model_output, timestep, sample, *args, **kwargs)
-
-        pipeline.scheduler.step = watched
 
     def after_step(self, pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`."""
@@ -329,24 +300,13 @@ class _Watch:
             pipeline._interrupt = True
             self.stopped = Stopped(self.done, steps)
         elif self.show is not None and self.done % max(1, steps // PREVIEWS) == 0:
-            self.show(Preview(self.done, steps, self._decoded(self._x0[:1])))
+            self.show(Preview(self.done, steps, self._decoded(tensors["pred_original_sample"][:1])))
         return {}
 
     def _decoded(self, latents: torch.Tensor) -> Image.Image:
         vae = self.pipeline.vae
         pixels = vae.decode(unscale_latents(latents.to(vae.dtype), vae.config), return_dict=False)[0]
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
-
-
-def predicted_x0(scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> torch.Tensor:
-    """x_0 (B, C, H, W) as the network predicts it in the step that `scheduler` is about to take from `sample`.
-
-    Schedulers that keep x_0 + sigma epsilon scale it for the network to the x_t that all others keep.
-    """
-    x_t = scheduler.scale_model_input(sample, timestep)
-    timestep = round(float(timestep))  # some schedulers stand between whole ones
-    prediction_type = scheduler.config.prediction_type
-    return predict_x0_and_epsilon(scheduler.alphas_cumprod, model_output, x_t, timestep, prediction_type)[0]
 
 
 @contextlib.contextmanager

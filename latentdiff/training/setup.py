@@ -19,6 +19,7 @@ from ..models.lora import add_lora
 from ..models.mp_unet import MPUNet2DConditionModel
 from ..models.parts import FrozenParts, with_trained_text_encoder
 from ..models.unet import UNet, build_unet, compile_blocks, use_fast_attention, widen_input
+from ..pipelines.portable_saving import keep_code
 from ..utils.errors import ConfigError, first_line
 from .deepspeed import is_zero, zero_plugin
 from .fsdp import ShardingAccelerator, sharding_plugin
@@ -105,6 +106,7 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
             schedule=scheduler.config,
             learned_uncertainty=config.learned_uncertainty,
         )
+    keep_code(unet)
     _check_fits(config, unet, latent_channels, in_channels, text_width)
     if unet.config.in_channels != in_channels:
         widen_input(unet, in_channels)

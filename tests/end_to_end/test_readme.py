@@ -40,8 +40,8 @@ def test_commands_are_understood(command, monkeypatch):
     """A flag, target or module in the README would not exist."""
     monkeypatch.chdir(ROOT)
     # The folders of the examples are the reader's: the flags are what is checked.
-    monkeypatch.setattr("latentdiff.config.train.Path.is_dir", lambda path: True)
-    monkeypatch.setattr("latentdiff.utils.flags.read_config", lambda path: {})
+    monkeypatch.setattr("latentdiff.config.checks.Path.is_dir", lambda path: True)
+    monkeypatch.setattr("latentdiff.config.presets.read_config", lambda path: {})
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)

@@ -4,6 +4,7 @@ import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -18,8 +19,9 @@ from latentdiff.inference import session
 from latentdiff.inference.loading import SCHEDULERS, load_networks
 from latentdiff.inference.recipe import save_png
 from latentdiff.inference.redraw import redraw
-from latentdiff.inference.session import Drawing, Settings, Stopped, Studio, Usual, open_picture, predicted_x0
+from latentdiff.inference.session import Drawing, Settings, Stopped, Studio, Usual, open_picture
 from latentdiff.models.unet import add_guidance_input
+from latentdiff.pipelines.guided_sampling import GuidedSampling
 from latentdiff.pipelines.inpaint import LatentDiffInpaintPipeline
 from latentdiff.utils.films import strip
 from tiny import tiny_components
@@ -103,7 +105,7 @@ def test_previews_are_of_what_diffusers_predicts(name, prediction_type):
     for t in scheduler.timesteps:
         output = torch.randn(2, 4, 3, 3, generator=draw)
         scheduler.scale_model_input(sample, t)
-        x0 = predicted_x0(scheduler, output, t, sample)
+        x0 = GuidedSampling._predicted_x0(SimpleNamespace(scheduler=scheduler), output, t, sample)
         step = scheduler.step(output, t, sample)
         expected = step.pred_original_sample if "pred_original_sample" in step else scheduler.model_outputs[-1]
         torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4 * float(sample.abs().max()))

@@ -16,7 +16,9 @@ def test_a_model_of_the_hub_from_push_to_redraw(hub, tiny_pipeline_folder, tmp_p
     shutil.copytree(tiny_pipeline_folder, folder)
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "state.json").write_text("{}")
+    (folder / "pipeline.py").unlink()  # a checkout has no code beside its weights
     cli.main(["push", str(folder), f"{USER}/mine"])
+    assert {"pipeline.py", "scheduling_ddim.py"} <= set(hub.files(f"{USER}/mine"))
     assert hub.url in capsys.readouterr().out
     assert not [name for name in hub.files(f"{USER}/mine") if name.startswith("checkpoint-")]
 
@@ -49,7 +51,7 @@ def test_a_hub_that_cannot_be_reached_and_a_revision_that_is_not_there(
     """Either would look like a model that does not exist."""
     from huggingface_hub import constants
 
-    cli.main(["push", str(tiny_pipeline_folder), f"{USER}/mine"])
+    cli.main(["push", str(shutil.copytree(tiny_pipeline_folder, tmp_path / "mine")), f"{USER}/mine"])
     said = fails(capsys, "pull", f"{USER}/mine", "--revision", "v9", "--output-dir", tmp_path / "a")
     assert f"{USER}/mine has no revision 'v9'" in said
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

@@ -1,8 +1,8 @@
-"""The pictures of image to image and of inpainting, drawn from the shipped checkpoint: `python docs/editing.py`.
+"""The pictures of image to image and of inpainting, from the shipped checkpoint: `python docs/figures/editing.py`.
 
-docs/img2img.png: drawings of a few strokes and real emoji, then what becomes of them at rising strengths.
-docs/inpaint.png: a real emoji, the mask (white is painted anew), and the picture under another caption, with a hard and
-with a soft mask. What is not masked is kept to the last pixel.
+img2img.png: drawings of a few strokes and real emoji, then what becomes of them at rising strengths.
+inpaint.png: a real emoji, the mask (white is painted anew), and the picture under another caption, with a hard and a
+soft mask. What is not masked is kept to the last pixel.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Settings:
 
     checkpoint: str = packaged_checkpoint()
     """A folder or a repository of the Hub."""
-    output_dir: str = "docs"
+    output_dir: str = "docs/figures"
     """Folder of img2img.png and inpaint.png."""
     num_inference_steps: int = 50
     """Steps from noise to picture, of which image to image takes the last ones."""

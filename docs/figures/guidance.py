@@ -1,6 +1,6 @@
 """The picture of guidance in drawing.md: a row for each way to guide, a column for each prompt, one noise a column.
 
-python docs/guidance.py
+python docs/figures/guidance.py
 """
 
 import math
@@ -24,7 +24,7 @@ class Settings:
 
     guide_unet: str = "checkpoints/emoji64-guide"
     """Folder of a worse UNet, for the rows of autoguidance."""
-    output: str = "docs/guidance.png"
+    output: str = "docs/figures/guidance.png"
     """Where the picture goes."""
 
 

@@ -1,8 +1,8 @@
-"""The pictures of few_steps.md: `python docs/few_steps.py`.
+"""The pictures of docs/few_steps.md: `python docs/figures/few_steps.py`.
 
-docs/few-steps.png: a row for each number of steps and two of fifty, a column for each prompt, always the same noise.
-docs/few-steps-img2img.png, -inpaint.png, -interpolation.png: what the same checkpoint makes of pictures, in four steps,
-as `docs/editing.py` and `docs/interpolation.py` have it.
+few-steps.png: a row for each number of steps and two of fifty, a column for each prompt, always the same noise.
+few-steps-img2img.png, -inpaint.png, -interpolation.png: what the same checkpoint makes of pictures, in four steps, as
+`editing.py` and `interpolation.py` have it.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Settings:
     """What draws in few steps."""
     guide_unet: str = "checkpoints/emoji64-guide"
     """That its teacher was guided by."""
-    output_dir: Path = Path("docs")
+    output_dir: Path = Path("docs/figures")
     """Where the pictures go."""
 
 

@@ -1,7 +1,7 @@
 """How large activations are in every block of the magnitude-preserving UNet, and of the plain UNet at the same places,
 at initialisation and during training:
 
-    python docs/magnitudes.py --plain runs/ablation/base-seed0 --mp runs/ablation/mp-seed0 --output docs/magnitudes
+    python docs/figures/magnitudes.py --plain runs/ablation/base-seed0 --mp runs/ablation/mp-seed0
 
 The runs are folders that train_text2img.py left, with the checkpoints of the steps asked for. Each network sees the
 same 64 held-out emoji, each at eight of 512 evenly spread timesteps, under their captions. What is measured is the root
@@ -56,7 +56,7 @@ class Settings:
     """Checkpoints to measure, beside the networks at initialisation."""
     pictures: int = 64
     """Held-out pictures to measure on."""
-    output: str = "docs/magnitudes"
+    output: str = "docs/figures/magnitudes"
     """Where the numbers and the plot go: this with .json and .png."""
 
 

@@ -1,4 +1,4 @@
-"""docs/interpolation.png, frames between pictures of the shipped checkpoint: `python docs/interpolation.py`."""
+"""interpolation.png, frames between pictures of the shipped checkpoint: `python docs/figures/interpolation.py`."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Settings:
 
     checkpoint: str = packaged_checkpoint()
     """A folder or a repository of the Hub."""
-    output: str = "docs/interpolation.png"
+    output: str = "docs/figures/interpolation.png"
     """File of the picture."""
     num_inference_steps: int = 20
     """Steps from noise to picture."""

@@ -1,4 +1,4 @@
-"""docs/inversion.png, real emoji edited by their words with the shipped checkpoint: `python docs/inversion.py`.
+"""inversion.png, real emoji edited by their words with the shipped checkpoint: `python docs/figures/inversion.py`.
 
 In a row: the picture; drawn again from the noise that inversion found, under the same words; then under others.
 """
@@ -30,7 +30,7 @@ class Settings:
 
     checkpoint: str = packaged_checkpoint()
     """A folder or a repository of the Hub."""
-    output: str = "docs/inversion.png"
+    output: str = "docs/figures/inversion.png"
     """File of the picture."""
     num_inference_steps: int = 25
     """Steps from noise to picture, of which the last `strength` share is taken, upwards and downwards."""
