@@ -111,6 +111,10 @@ class GuidedSampling(NoiseAndTimesteps):
 
     # What goes in
 
+    def _begin(self, clip_skip: int | None, cross_attention_kwargs: dict[str, Any] | None) -> None:
+        """Keep what a call is told for all of its steps."""
+        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+
     def _set_guidance(
         self,
         guidance_scale: GuidanceScale,
@@ -159,7 +163,8 @@ class GuidedSampling(NoiseAndTimesteps):
         prompts: list[str] | None = None,
         extra_channels: torch.Tensor | None = None,
     ) -> Conditions:
-        """The conditions of a call's B pictures; `prompts`: B texts, for CLIP guidance alone."""
+        """The conditions of a call's B pictures; `prompts`: a text for each or for several side by side, for CLIP
+        guidance alone."""
         timestep_cond = image_embeds = clip_text = None
         if self.takes_guidance_as_input:
             weights = torch.full((batch_size,), self.guidance_scale - 1)
@@ -179,7 +184,8 @@ class GuidedSampling(NoiseAndTimesteps):
             self._noise_levels([])
             if prompts is None:
                 raise ValueError("clip_guidance compares pictures with words: pass prompt, not prompt_embeds")
-            clip_text = clip_guidance.to(device).embed_text(prompts, device)
+            of_each = [text for text in prompts for _ in range(batch_size // len(prompts))]
+            clip_text = clip_guidance.to(device).embed_text(of_each, device)
         return Conditions(timestep_cond, image_embeds, extra_channels, guide_unet, clip_guidance, clip_text)
 
     def _step_kwargs(self, **candidates) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         Raises:
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        self._begin(clip_skip, cross_attention_kwargs)
         num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
@@ -196,18 +196,14 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         mask = self._mask(mask_image, height, width)
         known = self._known(pixels, given, mask, num_prompts, num_images_per_prompt)
 
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+        prompt_embeds, negative_prompt_embeds = self._embed_prompts(
             prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
+            num_images_per_prompt,
+            prompt_weights,
+            long_prompts,
         )
         batch_size, dtype = len(prompt_embeds), prompt_embeds.dtype
         timesteps = self._set_timesteps(num_inference_steps, device, timesteps, sigmas, strength)
@@ -242,7 +238,7 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
             ip_adapter_image_embeds,
             guide_unet,
             clip_guidance,
-            prompts and [text for text in prompts for _ in range(num_images_per_prompt)],
+            prompts,
             extra_channels,
         )
         latents = self._denoise(

@@ -144,7 +144,7 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
         Raises:
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        self._begin(clip_skip, cross_attention_kwargs)
         num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         guidance = (
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
@@ -160,18 +160,8 @@ class LatentDiffInterpolatePipeline(LatentPipeline, DiffusionPipeline):
         path = self._path({k: v for k, v in columns.items() if v is not None}, num_frames, batch_size, loop)
         device = self._execution_device
 
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompts,
-            device,
-            1,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
+        prompt_embeds, negative_prompt_embeds = self._embed_prompts(
+            prompts, negative_prompt, prompt_embeds, negative_prompt_embeds, 1, prompt_weights, long_prompts
         )
         dtype = prompt_embeds.dtype
 

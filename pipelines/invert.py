@@ -92,7 +92,7 @@ class LatentDiffInversionPipeline(LatentPipeline, DiffusionPipeline):
         Raises:
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        self._begin(clip_skip, cross_attention_kwargs)
         guidance = (
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
         )  # fmt: skip
@@ -181,7 +181,7 @@ class LatentDiffInversionPipeline(LatentPipeline, DiffusionPipeline):
         Raises:
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        self._begin(clip_skip, cross_attention_kwargs)
         if prompt is None and prompt_embeds is None:
             prompt = ""
         self._set_guidance(
@@ -194,18 +194,8 @@ class LatentDiffInversionPipeline(LatentPipeline, DiffusionPipeline):
         batch_size = _batch_size({"prompt": prompt_embeds if prompts is None else prompts, "image": latents})
         self._use_ddim()
         device = self._execution_device
-        embeds = self.encode_prompt(
-            prompts,
-            device,
-            1,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
+        embeds = self._embed_prompts(
+            prompts, negative_prompt, prompt_embeds, negative_prompt_embeds, 1, prompt_weights, long_prompts
         )
         embeds = [one if one is None else _of_each(one, batch_size) for one in embeds]
         timesteps = self._set_timesteps(num_inference_steps, device, strength=strength)

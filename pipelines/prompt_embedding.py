@@ -81,6 +81,31 @@ def _text_lora_scale(text_encoder: torch.nn.Module | None, scale: float | None):
 class PromptEmbedding:
     """`encode_prompt` for a pipeline that has `tokenizer`, `text_encoder`, `image_encoder` and `unet`."""
 
+    def _embed_prompts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        num_images_per_prompt: int,
+        prompt_weights: bool,
+        long_prompts: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`encode_prompt`, with what a call has told for all of its steps."""
+        return self.encode_prompt(
+            prompt,
+            self._execution_device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
+            clip_skip=self.clip_skip,
+            prompt_weights=prompt_weights,
+            long_prompts=long_prompts,
+        )
+
     def encode_prompt(
         self,
         prompt: str | list[str] | None,

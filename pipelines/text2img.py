@@ -95,7 +95,7 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
         Raises:
             ValueError: an argument that cannot work, with its name, its value and what it may be.
         """
-        self._clip_skip, self._cross_attention_kwargs, self._interrupt = clip_skip, cross_attention_kwargs, False
+        self._begin(clip_skip, cross_attention_kwargs)
         num_inference_steps, guidance_scale = self.usual_drawing(num_inference_steps, guidance_scale)
         self._set_guidance(
             guidance_scale, guidance_rescale, guidance_interval, guide_unet, negative_prompt, negative_prompt_embeds
@@ -109,18 +109,14 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
         num_prompts = len(prompt_embeds if prompts is None else prompts)
         generator, num_images_per_prompt = self._generators(seeds, generator, num_prompts, num_images_per_prompt)
 
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+        prompt_embeds, negative_prompt_embeds = self._embed_prompts(
             prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
+            num_images_per_prompt,
+            prompt_weights,
+            long_prompts,
         )
         batch_size, dtype = len(prompt_embeds), prompt_embeds.dtype
         timesteps = self._set_timesteps(num_inference_steps, device, timesteps, sigmas)
@@ -135,7 +131,7 @@ class LatentDiffPipeline(LatentPipeline, DiffusionPipeline):
             ip_adapter_image_embeds,
             guide_unet,
             clip_guidance,
-            prompts and [text for text in prompts for _ in range(num_images_per_prompt)],
+            prompts,
         )
         latents = self._denoise(
             latents,

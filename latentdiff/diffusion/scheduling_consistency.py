@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .announced_timesteps import AnnouncedTimesteps
 from .noise_schedule import (
     PREDICTION_TYPES,
     add_noise,
@@ -20,8 +21,6 @@ from .noise_schedule import (
     bound_x0,
     check_choice,
     choose_timesteps,
-    link_timesteps,
-    look_up_previous,
     make_betas,
     predict_x0_and_epsilon,
 )
@@ -59,7 +58,7 @@ def solver_timesteps(num_train_timesteps: int, original_inference_steps: int) ->
     return [number * skip - 1 for number in range(1, original_inference_steps + 1)]
 
 
-class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
+class ConsistencyScheduler(AnnouncedTimesteps, SchedulerMixin, ConfigMixin):
     """x_s = sqrt(abar_s) f(x_t, t) + sqrt(1 - abar_s) noise, from timestep to timestep, and f(x_t, t) in the end.
 
     num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: see `make_betas`.
@@ -106,10 +105,6 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps).flip(0)
-        self._previous = None
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
 
     def set_timesteps(
         self,
@@ -142,17 +137,7 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
             chosen = [solved[-1 - int(place)] for place in places]
         else:
             chosen = choose_timesteps(num_inference_steps, timesteps, len(self), self.config)
-        self.num_inference_steps = len(chosen)
-        self.timesteps = torch.tensor(chosen, device=device)
-        self._previous = link_timesteps(chosen)
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
-        """`sample` itself: the network was trained on x_t as it is."""
-        return sample
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t from x_0 and noise (B, …) at timesteps (B,); see `noise_schedule.add_noise`."""
-        return add_noise(self.alphas_cumprod, original_samples, noise, timesteps)
+        self._announce(chosen, device)
 
     def step(
         self,
@@ -174,10 +159,8 @@ class ConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """
         if generator is not None and variance_noise is not None:
             raise ValueError("generator and variance_noise were both given; the noise can come from only one of them")
-        if self._previous is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
         t = int(timestep)
-        previous = look_up_previous(self._previous, t, len(self.alphas_cumprod))
+        previous = self.previous_timestep(t)
         x_0, _ = predict_x0_and_epsilon(self.alphas_cumprod, model_output, sample, t, self.config.prediction_type)
         c_skip, c_out = boundary_scalings(torch.tensor(t), self.config.timestep_scaling)
         denoised = c_out * bound_x0(x_0, self.config) + c_skip * at_least_float32(sample)

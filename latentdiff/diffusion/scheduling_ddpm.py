@@ -11,24 +11,21 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .announced_timesteps import AnnouncedTimesteps
 from .noise_schedule import (
     PREDICTION_TYPES,
     TIMESTEP_SPACINGS,
-    add_noise,
     alphas_cumprod,
     at_least_float32,
     bound_x0,
     check_choice,
-    choose_timesteps,
     link_timesteps,
-    look_up_previous,
     make_betas,
     predict_x0_and_epsilon,
-    velocity,
 )
 
 
-class DDPMScheduler(SchedulerMixin, ConfigMixin):
+class DDPMScheduler(AnnouncedTimesteps, SchedulerMixin, ConfigMixin):
     """x_{t-1} ~ N(mu(x_t, x_0), sigma_t^2) with the x_0 that the network predicts (DDPM, eq. 6 and 7).
 
     num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: see `make_betas`.
@@ -78,42 +75,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps).flip(0)
         self._previous = link_timesteps(range(num_train_timesteps - 1, -1, -1))
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
-    ) -> None:
-        """Announces the timesteps to sample at: `num_inference_steps` evenly spaced ones, or the given ones."""
-        chosen = choose_timesteps(num_inference_steps, timesteps, len(self.alphas_cumprod), self.config)
-        self.num_inference_steps = len(chosen)
-        self.timesteps = torch.tensor(chosen, device=device)
-        self._previous = link_timesteps(chosen)
-
-    def previous_timestep(self, timestep: torch.Tensor | int) -> torch.Tensor | int:
-        """The timestep that a step from `timestep` arrives at, -1 standing for x_0: a tensor for a tensor, else an int.
-
-        From one that was not announced it is the largest announced below it. Raises ValueError if `timestep` lies
-        outside 0 … T - 1.
-        """
-        prev_t = look_up_previous(self._previous, timestep, len(self.alphas_cumprod))
-        return torch.tensor(prev_t) if isinstance(timestep, torch.Tensor) else prev_t
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
-        """`sample` itself: the network was trained on x_t as it is."""
-        return sample
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t from x_0 and noise (B, …) at timesteps (B,); see `noise_schedule.add_noise`."""
-        return add_noise(self.alphas_cumprod, original_samples, noise, timesteps)
-
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The v-prediction target for x_0 = `sample` (B, …) at timesteps (B,); see `noise_schedule.velocity`."""
-        return velocity(self.alphas_cumprod, sample, noise, timesteps)
 
     def _alpha_bars(self, t: int, prev_t: int) -> tuple[torch.Tensor, torch.Tensor]:
         """abar_t and abar_{t-1}, 0-dim; abar of x_0 itself is 1."""

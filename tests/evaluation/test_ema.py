@@ -109,7 +109,7 @@ def test_drawn_pictures_are_measured_once(run, monkeypatch, toy_set, capsys):  #
         return [noise_artist(prompt, torch.Generator().manual_seed(i)) for i, prompt in enumerate(prompts)]
 
     monkeypatch.setattr(ema.emoji, "load", lambda: toy_set)
-    monkeypatch.setattr(ema.feature_networks, "load", lambda network, device: Thumbnail())
+    monkeypatch.setattr(ema.features, "load", lambda network, device: Thumbnail())
     monkeypatch.setattr(ema, "draw", noise)
     sweep = ["sweep-ema", str(run), "--count", "8", "--guidance-scale", "3"]
     cli.main([*sweep, "--sigma-rel", "0.05", "0.1"])

@@ -112,7 +112,7 @@ def test_recall_refuses_a_k_the_gallery_does_not_have(k):
 def test_the_real_pictures_are_all_found(toy_set, tmp_path):
     pipeline = FakePipeline(real_artist(toy_set))
     settings = DrawSettings(num_inference_steps=3, guidance_scale=2.0, seed=5, batch_size=16)
-    result = retrieval.retrieval(pipeline, count=40, settings=settings, network=Thumbnail(), pictures=toy_set)
+    result = retrieval.measure_retrieval(pipeline, count=40, settings=settings, network=Thumbnail(), pictures=toy_set)
     assert (result.drawn.at_1, result.drawn.at_10) == (1.0, 1.0)
     assert result.floor.at_1 == 0, "a shuffled caption must never be the picture's own"
     assert result.ceiling.at_1 > 0.9, "the toy styles differ by little"
@@ -129,7 +129,7 @@ def test_the_real_pictures_are_all_found(toy_set, tmp_path):
 
 def test_noise_is_found_by_chance_alone(toy_set):
     """R@10 in a gallery of 60 is 1/6 by chance: 100 captions stay within four deviations (0.15) of it."""
-    result = retrieval.retrieval(FakePipeline(noise_artist), count=100, network=Thumbnail(), pictures=toy_set)
+    result = retrieval.measure_retrieval(FakePipeline(noise_artist), count=100, network=Thumbnail(), pictures=toy_set)
     assert abs(result.drawn.at_10 - 1 / 6) < 0.15
     assert abs(result.floor.at_10 - 1 / 6) < 0.15
     assert result.drawn.at_1 < 0.1
@@ -144,7 +144,7 @@ def test_the_other_style_of_the_right_emoji_is_no_self_match(toy_set):
         thing, style = prompt.removesuffix(" style").split(", ")
         return real(f"{thing}, {swap[style]} style", generator)
 
-    result = retrieval.retrieval(FakePipeline(artist), count=60, network=Thumbnail(), pictures=toy_set)
+    result = retrieval.measure_retrieval(FakePipeline(artist), count=60, network=Thumbnail(), pictures=toy_set)
     assert result.drawn == result.ceiling
 
 
@@ -170,7 +170,7 @@ def test_pictures_do_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("count", [3, 10_000])
 def test_a_count_the_set_does_not_have_is_refused(toy_set, count):
     with pytest.raises(ConfigError, match=f"count is {count}; it must be from 4 to {len(toy_set.indices())}"):
-        retrieval.retrieval(FakePipeline(noise_artist), count=count, network=Thumbnail(), pictures=toy_set)
+        retrieval.measure_retrieval(FakePipeline(noise_artist), count=count, network=Thumbnail(), pictures=toy_set)
 
 
 @pytest.mark.parametrize("wrong", [{"num_inference_steps": 0}, {"batch_size": 0}, {"seed": -1}])
@@ -194,7 +194,7 @@ def test_pairs_are_held_out_beside_trained_ones(toy_set):
 
 def test_right_pictures_have_the_right_colours_and_are_found(toy_set):
     pipeline = FakePipeline(real_artist(toy_set))
-    result = backgrounds.backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
+    result = backgrounds.measure_backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
     assert (result.colour_held_out, result.colour_seen) == (1.0, 1.0)
     assert result.held_out == result.seen == result.real == retrieval.Recall(at_1=1.0, at_10=1.0)
     assert "held out  colour 1.000  R@1 1.000" in str(result)
@@ -203,7 +203,7 @@ def test_right_pictures_have_the_right_colours_and_are_found(toy_set):
 def test_pictures_on_white_have_none_of_the_colours_asked_for(toy_set):
     real = real_artist(toy_set)
     pipeline = FakePipeline(lambda prompt, generator: real(prompt.split(", on a ")[0], generator))
-    result = backgrounds.backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
+    result = backgrounds.measure_backgrounds(pipeline, count=24, network=Thumbnail(), pictures=toy_set)
     assert (result.colour_held_out, result.colour_seen) == (0.0, 0.0)
     assert result.held_out.at_1 == 1.0
 
