@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import re
 import sys
 from pathlib import Path
 
@@ -73,6 +74,21 @@ def test_no_circle():
         for name in free:
             del left[name]
     assert not left
+
+
+def test_the_picture_of_the_rooms_is_true():
+    """A newcomer would be told of another house."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    arrows: dict[str, set[str]] = {}
+    for source, target in re.findall(r"^ +(\w+) --> (\w+)$", page, re.MULTILINE):
+        arrows.setdefault(source, set()).add(target)
+
+    def reached(name: str) -> set[str]:
+        return arrows.get(name, set()).union(*map(reached, arrows.get(name, set())))
+
+    del arrows["train_text2img"]
+    for name, allowed in MAY_IMPORT.items():
+        assert arrows.get(name, set()) <= allowed <= reached(name), name
 
 
 def test_rooms_have_no_code_of_their_own():
