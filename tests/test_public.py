@@ -1,8 +1,12 @@
 """What `import latentdiff` offers, and what it costs."""
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import diffusers
 import pytest
 
 import latentdiff
@@ -30,3 +34,19 @@ def test_every_name_is_there():
     assert set(latentdiff.__all__) <= set(dir(latentdiff))
     with pytest.raises(AttributeError, match="no attribute 'LatentDifPipeline'"):
         latentdiff.LatentDifPipeline  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["latentdiff.scheduling_ddim", "latentdiff.diffusion.scheduling_ddim"])
+def test_an_index_that_names_a_schedulers_module_loads(module, tiny_pipeline_folder, tmp_path):
+    """diffusers' own pipelines save our schedulers under the module's name, which was another before version 0.2."""
+    folder = shutil.copytree(tiny_pipeline_folder, tmp_path / "saved")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": [module, "DDIMScheduler"]}))
+    for kind in (latentdiff.LatentDiffPipeline, diffusers.StableDiffusionPipeline):
+        assert type(kind.from_pretrained(folder).scheduler) is latentdiff.DDIMScheduler
+
+
+def test_no_room_is_called_as_a_pipeline_of_diffusers():
+    """diffusers would take a class for one of its own, by the name of the folder that its module is in."""
+    for path in Path(latentdiff.__file__).parent.glob("*/__init__.py"):
+        assert not hasattr(diffusers.pipelines, path.parent.name), path
