@@ -10,7 +10,18 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from .config.commands import Backgrounds, Check, Evaluate, Pull, Push, ReconstructEma, Retrieval, Serve, SweepEma
+from .config.commands import (
+    Backgrounds,
+    Check,
+    Evaluate,
+    Likelihood,
+    Pull,
+    Push,
+    ReconstructEma,
+    Retrieval,
+    Serve,
+    SweepEma,
+)
 from .config.drawing import Edit, Generate, Interpolate, Redraw
 from .config.presets import parse_train_config
 from .utils.flags import parse_flags, user_errors
@@ -38,6 +49,7 @@ COMMANDS = {
     Evaluate: "evaluation.evaluate",
     Retrieval: "evaluation.retrieval",
     Backgrounds: "evaluation.backgrounds",
+    Likelihood: "evaluation.likelihood",
     ReconstructEma: "evaluation.ema",
     SweepEma: "evaluation.ema",
     Check: "training.preflight",

@@ -73,6 +73,50 @@ class Backgrounds(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Measure the bound of a checkpoint on emoji that it was never trained on, and on as many that it was.
+
+    latentdiff likelihood runs/mine --unet runs/mine/checkpoint-*/unet_ema --output bound.json
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    unet: tuple[Path, ...] = ()
+    """Folders of UNets of the same run, such as its checkpoints have, to measure instead of the pipeline's own."""
+    count: int | None = None
+    """Pictures of each kind; by default as many as are held out."""
+    timesteps: int = 32
+    """Terms of the bound that are drawn for each picture."""
+    all_timesteps: bool = False
+    """Sum every term instead."""
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] | None = None
+    """Of the chain; by default what the checkpoint's scheduler says, and fixed_large where it says nothing."""
+    decoder_variance: float | None = None
+    """Of the last step's density; by default beta_0."""
+    seed: int = 0
+    """Of noise and timesteps."""
+    batch_size: int = 64
+    """Noisy pictures at a time."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the networks."""
+    device: str | None = None
+    """As torch names it; by default cuda where there is one, else cpu."""
+    output: Path | None = None
+    """JSON file for the numbers."""
+    plot: Path | None = None
+    """PNG for the terms over the timesteps."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size"):
+            if getattr(self, name) is not None:
+                at_least_1(self, name)
+        if self.timesteps < 2:
+            raise ConfigError(f"--timesteps is {self.timesteps}; it must be at least 2: the decoder's and another")
+        if self.decoder_variance is not None and self.decoder_variance <= 0:
+            raise ConfigError(f"--decoder-variance is {self.decoder_variance:g}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReconstructEma:
     """Make an average of another length of the weights after a run with --ema_sigma_rel, from the snapshots it kept.
 

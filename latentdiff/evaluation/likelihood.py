@@ -4,17 +4,16 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
 from PIL import Image
 
+from ..config.commands import Likelihood
 from ..data import emoji
 from ..data.batches import Batch
 from ..data.entry_store import ENCODE_BATCH
@@ -28,7 +27,6 @@ from ..training.prediction import predict
 from ..utils import randomness
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import folder_sha256, write_whole
-from ..utils.flags import run_cli
 from .bound import Bound, denoising_term, plot_bounds, prior_term, reverse_process, stratified_timesteps, with_error
 from .processes import join_processes
 
@@ -191,82 +189,38 @@ def held_out_bound(pipeline, *, held_out: bool = True, count: int | None = None,
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Measure the bound of a checkpoint on emoji that it was never trained on, and on as many that it was.
-
-    python -m latentdiff.evaluation.likelihood runs/mine --unet runs/mine/checkpoint-*/unet_ema --output bound.json
-    """
-
-    checkpoint: tyro.conf.Positional[str]
-    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
-    unet: tuple[Path, ...] = ()
-    """Folders of UNets of the same run, such as its checkpoints have, to measure instead of the pipeline's own."""
-    count: int | None = None
-    """Pictures of each kind; by default as many as are held out."""
-    timesteps: int = 32
-    """Terms of the bound that are drawn for each picture."""
-    all_timesteps: bool = False
-    """Sum every term instead."""
-    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] | None = None
-    """Of the chain; by default what the checkpoint's scheduler says, and fixed_large where it says nothing."""
-    decoder_variance: float | None = None
-    """Of the last step's density; by default beta_0."""
-    seed: int = 0
-    """Of noise and timesteps."""
-    batch_size: int = 64
-    """Noisy pictures at a time."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the networks."""
-    device: str | None = None
-    """As torch names it; by default cuda where there is one, else cpu."""
-    output: Path | None = None
-    """JSON file for the numbers."""
-    plot: Path | None = None
-    """PNG for the terms over the timesteps."""
-
-    def __post_init__(self) -> None:
-        for name in ("count", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.timesteps < 2:
-            raise ConfigError(f"--timesteps is {self.timesteps}; it must be at least 2: the decoder's and another")
-        if self.decoder_variance is not None and self.decoder_variance <= 0:
-            raise ConfigError(f"--decoder-variance is {self.decoder_variance:g}; it must be positive")
-
-
 KINDS = {"held_out": True, "trained": False}
 OWN = "unet"  # what the pipeline's own UNet is called
 
 
-def main(settings: Settings) -> None:
+def likelihood(command: Likelihood) -> None:
     """Measure each UNet, print tables, and write what is asked for."""
     state = join_processes()
-    device = str(state.device) if state.num_processes > 1 and settings.device is None else settings.device
-    pipeline = load_pipeline(settings.checkpoint, device, settings.dtype)
+    device = str(state.device) if state.num_processes > 1 and command.device is None else command.device
+    pipeline = load_pipeline(command.checkpoint, device, command.dtype)
     how = {
-        "timesteps_per_picture": None if settings.all_timesteps else settings.timesteps,
-        **{name: getattr(settings, name) for name in ("count", "variance_type", "decoder_variance", "seed")},
-        "batch_size": settings.batch_size,
+        "timesteps_per_picture": None if command.all_timesteps else command.timesteps,
+        **{name: getattr(command, name) for name in ("count", "variance_type", "decoder_variance", "seed")},
+        "batch_size": command.batch_size,
     }
     measured: dict[str, dict[str, Bound]] = {}
-    for name, unet in _unets(settings, pipeline):
+    for name, unet in _unets(command, pipeline):
         try:
             found = {kind: held_out_bound(pipeline, unet=unet, held_out=which, **how) for kind, which in KINDS.items()}
         except ValueError as error:
-            raise ConfigError(f"{settings.checkpoint}: {error}") from None
+            raise ConfigError(f"{command.checkpoint}: {error}") from None
         if state.is_main_process:
             _print(name, found, measured)
         measured[name] = found
     if state.is_main_process:
-        _write(settings, pipeline, measured)
+        _write(command, pipeline, measured)
 
 
-def _unets(settings: Settings, pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
+def _unets(command: Likelihood, pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
     """Each one by the last two names of its path."""
-    if not settings.unet:
+    if not command.unet:
         yield OWN, pipeline.unet
-    for folder in settings.unet:
+    for folder in command.unet:
         try:
             unet = unet_class(folder).from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
@@ -284,18 +238,14 @@ def _print(name: str, found: dict[str, Bound], earlier: dict[str, dict[str, Boun
         print(flush=True)
 
 
-def _write(settings: Settings, pipeline, measured: dict[str, dict[str, Bound]]) -> None:
-    if settings.output is not None:
-        folders = settings.unet or (Path(pipeline.name_or_path) / OWN,)
+def _write(command: Likelihood, pipeline, measured: dict[str, dict[str, Bound]]) -> None:
+    if command.output is not None:
+        folders = command.unet or (Path(pipeline.name_or_path) / OWN,)
         unets = [
             {"unet": name, "sha256": folder_sha256(folder), **{kind: bound.as_dict() for kind, bound in found.items()}}
             for folder, (name, found) in zip(folders, measured.items(), strict=True)
         ]
         found = {"checkpoint": asdict(folder_ingredient(pipeline.name_or_path)), "unets": unets}
-        write_whole(settings.output, (json.dumps(found, indent=2) + "\n").encode())
-    if settings.plot is not None:
-        plot_bounds({name: found["held_out"] for name, found in measured.items()}, settings.plot)
-
-
-if __name__ == "__main__":
-    run_cli(main, Settings)
+        write_whole(command.output, (json.dumps(found, indent=2) + "\n").encode())
+    if command.plot is not None:
+        plot_bounds({name: found["held_out"] for name, found in measured.items()}, command.plot)

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from latentdiff import DDIMScheduler, DDPMScheduler, LatentDiffPipeline
+from latentdiff.config.commands import Likelihood
 from latentdiff.data import emoji
 from latentdiff.diffusion.losses import training_target
 from latentdiff.diffusion.noise_schedule import add_noise
@@ -412,8 +413,8 @@ def test_the_command(tiny_pipeline_folder, tmp_path, capsys):
     worse = tiny_components(seed=1)["unet"]
     worse.save_pretrained(tmp_path / "checkpoint-7" / "unet_ema")
     unets = (tiny_pipeline_folder / "unet", tmp_path / "checkpoint-7" / "unet_ema")
-    likelihood.main(
-        likelihood.Settings(
+    likelihood.likelihood(
+        Likelihood(
             checkpoint=str(tiny_pipeline_folder), unet=unets, count=2, timesteps=4,
             output=tmp_path / "out" / "bound.json", plot=tmp_path / "bound.png",
         )
@@ -439,9 +440,9 @@ def test_the_command(tiny_pipeline_folder, tmp_path, capsys):
 )
 def test_flags_that_make_no_sense(flags, said):
     with pytest.raises(ConfigError, match=said):
-        likelihood.Settings(checkpoint="x", **flags)
+        Likelihood(checkpoint="x", **flags)
 
 
 def test_a_unet_that_is_none(tiny_pipeline_folder, tmp_path):
     with pytest.raises(ConfigError, match="--unet .*: no UNet can be loaded from it"):
-        likelihood.main(likelihood.Settings(checkpoint=str(tiny_pipeline_folder), unet=(tmp_path,), count=1))
+        likelihood.likelihood(Likelihood(checkpoint=str(tiny_pipeline_folder), unet=(tmp_path,), count=1))
