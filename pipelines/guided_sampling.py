@@ -143,13 +143,15 @@ class GuidedSampling(NoiseAndTimesteps):
 
     def _noise_levels(self, timesteps: Iterable[float]) -> list[float]:
         """The noise level sigma of each timestep."""
+        alphas_cumprod = self._alphas_cumprod("guidance_interval, clip_guidance and a function as guidance_scale")
+        return [noise_level(alphas_cumprod, t) for t in timesteps]
+
+    def _alphas_cumprod(self, needed_by: str) -> torch.Tensor:
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} has no alphas_cumprod, so that guidance cannot follow noise levels: "
-                "leave out guidance_interval, clip_guidance and a function as guidance_scale"
-            )
-        return [noise_level(alphas_cumprod, t) for t in timesteps]
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} has no alphas_cumprod, so that noise levels are not known: leave out {needed_by}")
+        return alphas_cumprod
 
     def _conditions(
         self,
@@ -248,8 +250,9 @@ class GuidedSampling(NoiseAndTimesteps):
         if hasattr(self.scheduler, "scale_model_input"):
             x_t = self.scheduler.scale_model_input(sample, t)
         timestep = round(float(t))  # some schedulers stand between whole ones
+        alphas_cumprod = self._alphas_cumprod("pred_original_sample from callback_on_step_end_tensor_inputs")
         prediction_type = self.scheduler.config.prediction_type
-        return predict_x0_and_epsilon(self.scheduler.alphas_cumprod, model_output, x_t, timestep, prediction_type)[0]
+        return predict_x0_and_epsilon(alphas_cumprod, model_output, x_t, timestep, prediction_type)[0]
 
     def _predict(
         self, latents: torch.Tensor, t: torch.Tensor, sigma: float, prompt_embeds: torch.Tensor, conditions: Conditions

@@ -163,16 +163,14 @@ def call_options(
     painted = {"mask_image": mask, "mask_blur": recipe.mask_blur, "keep_unmasked": recipe.keep_unmasked}
     film = {"num_frames": recipe.frames, "loop": recipe.loop, "batch_size": recipe.batch_size}
     eta = {"eta": recipe.eta}
-    return (
-        every
-        | {
-            "text2img": size | eta,
-            "img2img": edited | eta,
-            "inpaint": edited | painted | size | eta,
-            "invert": edited | {"source_prompt": recipe.source_prompt},
-            "interpolate": film | size | eta,
-        }[recipe.kind]
-    )
+    of_kind = {
+        "text2img": size | eta,
+        "img2img": edited | eta,
+        "inpaint": edited | painted | size | eta,
+        "invert": edited | {"source_prompt": recipe.source_prompt},
+        "interpolate": film | size | eta,
+    }
+    return every | of_kind[recipe.kind]
 
 
 def recipe_of(networks: Networks, sampling: Sampling, **values: Any) -> Recipe:

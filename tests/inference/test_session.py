@@ -4,7 +4,6 @@ import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -100,12 +99,14 @@ def test_previews_are_of_what_diffusers_predicts(name, prediction_type):
     config = {"beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": prediction_type}
     scheduler = getattr(diffusers, name).from_config(config)
     scheduler.set_timesteps(10)
+    pipeline = GuidedSampling()
+    pipeline.scheduler = scheduler
     draw = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 4, 3, 3, generator=draw) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = torch.randn(2, 4, 3, 3, generator=draw)
         scheduler.scale_model_input(sample, t)
-        x0 = GuidedSampling._predicted_x0(SimpleNamespace(scheduler=scheduler), output, t, sample)
+        x0 = pipeline._predicted_x0(output, t, sample)
         step = scheduler.step(output, t, sample)
         expected = step.pred_original_sample if "pred_original_sample" in step else scheduler.model_outputs[-1]
         torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4 * float(sample.abs().max()))

@@ -299,6 +299,20 @@ def test_any_other_model_is_drawn_with_as_in_diffusers(subject):
     assert pipe.num_timesteps == 50 and pipe.guidance_scale == 7.5
 
 
+def test_a_callback_sees_what_the_picture_becomes():
+    """Whoever shows a picture while it grows would show noise; DDIM's last step arrives at just this."""
+    pipe, seen = SUBJECTS["text to image"].build(), []
+    asked = {"callback_on_step_end": lambda p, i, t, tensors: seen.append(tensors) or {}, "output_type": "latent"}
+    names = ["latents", "pred_original_sample"]
+    pipe("a cat", num_inference_steps=STEPS, generator=seeded(), callback_on_step_end_tensor_inputs=names, **asked)
+    early, *_, last = seen
+    torch.testing.assert_close(last["pred_original_sample"], last["latents"], rtol=1e-4, atol=1e-4)
+    assert (early["pred_original_sample"] - early["latents"]).abs().mean() > 0.1
+    pipe.scheduler = diffusers.EDMEulerScheduler(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="leave out pred_original_sample"):
+        pipe("a cat", num_inference_steps=STEPS, callback_on_step_end_tensor_inputs=names, **asked)
+
+
 # ---- pictures in and out --------------------------------------------------------------------------------------------
 
 
