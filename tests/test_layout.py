@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"utils", "diffusion"},
     "public": {"models", "pipelines", "diffusion"},
     "data": {"utils", "config", "models"},
-    "training": {"data", "models", "config", "diffusion", "pipelines", "public", "utils"},
+    "distributed": {"utils", "config"},
+    "training": {"data", "distributed", "models", "config", "diffusion", "pipelines", "public", "utils"},
     "inference": {"models", "config", "diffusion", "pipelines", "public", "utils"},
     "cli": {"config", "utils"},
 }
@@ -156,4 +157,4 @@ def test_files_and_rooms_stay_readable():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert max(lines.values()) <= 450, max(lines, key=lines.get)
     for kind in MAY_IMPORT:
-        assert sum(count for name, count in lines.items() if room(name) == kind) <= 3100, kind
+        assert sum(count for name, count in lines.items() if room(name) == kind) <= 3000, kind

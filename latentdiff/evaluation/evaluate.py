@@ -23,6 +23,7 @@ from ..config.train import TrainConfig
 from ..data.entry_store import ENCODE_BATCH
 from ..diffusion.clip_guidance import ClipGuidance
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
+from ..distributed.processes import join_processes, shared_out
 from ..inference.drawing import draw_recipes
 from ..inference.generate import file_name, is_there, load, picture_recipe
 from ..inference.loading import Network, Networks, load_clip
@@ -35,7 +36,6 @@ from .features import FeatureNetwork, extract_features
 from .held_out_curve import HeldOutCurve, held_out_curve, plot_curves
 from .likelihood import bound_of_pictures
 from .measures import PictureMeasures, measure, measure_floor
-from .processes import join_processes, shared_out
 from .reference import Questions, emoji_questions, own_questions
 from .report import CURVE, NUMBERS, TABLE, fill_card, markdown
 from .retrieval import Recalls, galleries_of, recalls_of

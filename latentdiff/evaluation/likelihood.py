@@ -18,6 +18,7 @@ from ..data import emoji
 from ..data.batches import Batch
 from ..data.entry_store import ENCODE_BATCH
 from ..diffusion.noise_schedule import add_noise
+from ..distributed.processes import join_processes
 from ..inference.loading import load_pipeline
 from ..inference.recipe import folder_ingredient
 from ..models.latents import encode_moments, sample_latents, to_pixels
@@ -28,7 +29,6 @@ from ..utils import randomness
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import folder_sha256, write_whole
 from .bound import Bound, denoising_term, plot_bounds, prior_term, reverse_process, stratified_timesteps, with_error
-from .processes import join_processes
 
 # ------------------------------------------------------------------------------------------------------- measuring
 

@@ -16,13 +16,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from ..distributed.fsdp import load_whole, whole_network
 from ..models.loading import unet_class
 from ..models.lora import has_lora, load_lora, save_lora
 from ..models.parts import networks_of
 from ..utils.errors import ConfigError, RunStopped, first_line
 from ..utils.files import file_sha256, move_into_place, sync
 from .ema import EMA, PowerEMAs
-from .fsdp import load_whole, whole_network
 
 logger = logging.getLogger(__name__)
 

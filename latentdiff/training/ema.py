@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from ..config.train import TrainConfig
 from ..diffusion.posthoc_ema import SNAPSHOT_METADATA, SNAPSHOTS, decay_at, gamma_of, snapshot_path
+from ..distributed.fsdp import own_part, whole_network
 from ..models.parts import networks_of
 from ..utils.errors import ConfigError, RunStopped, first_line
 from ..utils.files import move_into_place
-from .fsdp import own_part, whole_network
 
 
 class EMA:

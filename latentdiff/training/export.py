@@ -13,13 +13,13 @@ from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddim import DDIMScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..distributed.fsdp import whole_network
 from ..models.lora import has_lora, save_lora
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
 from ..public import LatentDiffPipeline
 from ..utils.hub import push_folder
 from .card import repo_name, write_card
 from .ema import EMA, PowerEMAs
-from .fsdp import whole_network
 from .objectives import objective_of
 
 

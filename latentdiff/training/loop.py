@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from ..config.train import TrainConfig
 from ..data.batches import Batches
+from ..distributed.deepspeed import is_zero
 from ..models.parts import networks_of
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights_as_diffusers_does, saved_extra
-from .deepspeed import is_zero
 from .ema import EMA, EMASnapshots, PowerEMAs, make_ema
 from .log import Progress, RunLog
 from .objectives import Objective

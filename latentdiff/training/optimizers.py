@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..config.train import TrainConfig
+from ..distributed.fsdp import own_part
 from ..models.mp_layers import MPConv2d, MPLinear, filter_norms
 from ..models.mp_unet import MPUNet2DConditionModel
 from ..utils.errors import ConfigError
-from .fsdp import own_part
 
 
 def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -13,6 +13,8 @@ from ..data.batches import Batches
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..diffusion.unet_inputs import is_for_inpainting
+from ..distributed.deepspeed import is_zero, zero_plugin
+from ..distributed.fsdp import ShardingAccelerator, sharding_plugin
 from ..models.latents import downsampling_factor
 from ..models.loading import hide_loading_bars, load_frozen, load_schedule, load_unet
 from ..models.lora import add_lora
@@ -21,8 +23,6 @@ from ..models.parts import FrozenParts, with_trained_text_encoder
 from ..models.unet import UNet, build_unet, compile_blocks, use_fast_attention, widen_input
 from ..pipelines.portable_saving import keep_code
 from ..utils.errors import ConfigError, first_line
-from .deepspeed import is_zero, zero_plugin
-from .fsdp import ShardingAccelerator, sharding_plugin
 from .objectives import objective_of
 from .tasks import task_of
 

@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 
 from ..config.train import TrainConfig
 from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..distributed.fsdp import is_sharded, parts_put_back
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
 from .data import Data
 from .ema import EMA, PowerEMAs
 from .export import as_pipeline
-from .fsdp import is_sharded, parts_put_back
 from .log import RunLog
 from .objectives import objective_of
 from .tasks import task_of

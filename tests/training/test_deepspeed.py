@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 import kill_stress
 from latentdiff.config.presets import preset
 from latentdiff.config.train import TrainConfig
-from latentdiff.training.deepspeed import zero_plugin
+from latentdiff.distributed.deepspeed import zero_plugin
 from latentdiff.utils.errors import ConfigError
 from tests.training import test_distributed
 from tests.training.test_fsdp import ALONE, SETTINGS, STEPS, WORDS, assert_close, assert_same, wait_for
@@ -152,7 +152,7 @@ def set_launcher(monkeypatch, **environment) -> None:
 )
 def test_what_cannot_be_shared_right_is_refused(monkeypatch, environment, changes, said):
     """A run would end in a library's traceback, or train something else than was asked for."""
-    monkeypatch.setattr("latentdiff.training.deepspeed._has_deepspeed", lambda: True)
+    monkeypatch.setattr("latentdiff.distributed.deepspeed._has_deepspeed", lambda: True)
     set_launcher(monkeypatch, **environment)
     with pytest.raises(ConfigError, match=said) as refused:
         zero_plugin(TrainConfig(**{**preset("finetune"), **changes}))
@@ -161,7 +161,7 @@ def test_what_cannot_be_shared_right_is_refused(monkeypatch, environment, change
 
 def test_a_missing_package_is_named(monkeypatch):
     """Without it accelerate's words for it would come under the name of another setting."""
-    monkeypatch.setattr("latentdiff.training.deepspeed.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("latentdiff.distributed.deepspeed.is_deepspeed_available", lambda: False)
     set_launcher(monkeypatch)
     with pytest.raises(ConfigError, match="^accelerate's use_deepspeed: .*pip install -U deepspeed$"):
         zero_plugin(TrainConfig())

@@ -18,7 +18,7 @@ import kill_stress
 from latentdiff.config.presets import preset
 from latentdiff.config.train import TrainConfig
 from latentdiff.diffusion.posthoc_ema import SNAPSHOTS
-from latentdiff.training.fsdp import sharding_plugin
+from latentdiff.distributed.fsdp import sharding_plugin
 from latentdiff.utils.errors import ConfigError
 from tests.training import test_distributed
 from tests.training.test_distributed import log
