@@ -1,5 +1,6 @@
 """What each command of `latentdiff` takes that measures, serves, pushes, pulls or checks."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -180,6 +181,8 @@ class Serve:
     """Address to listen on. The page asks for no password: any but 127.0.0.1 opens it to whoever can reach that."""
     port: int | None = None
     """By default the first free one from 7860."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names under which browsers may ask for the page, as behind a proxy: draw.example.org"""
     max_queue: int = 8
     """Drawings that may wait; one at a time is drawn."""
     max_upload_mb: int = 10
@@ -195,6 +198,9 @@ class Serve:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must lie in 1 … 65535")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:]+", name, re.ASCII):
+                raise ConfigError(f"--allowed-hosts {name!a}: must be a name or an address, without http:// and port")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from .session import (
 BRUSH = ("#6366f1", 0.7)
 CANVAS = 512  # pixels on which a mask is painted, whatever the picture's size
 KEPT = 100  # pictures in a session's gallery
+SESSIONS = 500  # of which something is remembered
 # System fonts: the page loads nothing from anywhere else.
 THEME = gr.themes.Default(
     primary_hue="indigo",
@@ -61,7 +62,7 @@ class Page:
 
     def __init__(self, studio: Studio, folder: Path, title: str, queue_size: int):
         self.studio, self.folder = studio, folder
-        self.stops: dict[str | None, threading.Event] = {}  # by browser session
+        self.stops: dict[tuple[str | None, str], threading.Event] = {}  # by browser session, and what is drawn
         with gr.Blocks(title="latentdiff", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             self.drawn = gr.State([], delete_callback=_delete)  # paths, the newest first
             self.shown = gr.State(None)  # the path of the picture above the recipe
@@ -72,7 +73,8 @@ class Page:
                 with gr.Column(scale=5):
                     self._lay_out_outputs()
             self._connect()
-        self.blocks.queue(max_size=queue_size, default_concurrency_limit=1)
+        # Closed to calls that go past the queue.
+        self.blocks.queue(max_size=queue_size, default_concurrency_limit=1, api_open=False)
 
     def _lay_out_inputs(self) -> None:
         usual = self.studio.usual_settings()
@@ -193,7 +195,7 @@ class Page:
         def handler(
             request: gr.Request, drawn, prompt, negative_prompt, seed, random_seed, steps, guidance, scheduler, *inputs
         ):
-            stop = self.stops.setdefault(request.session_hash, threading.Event())
+            stop = self._stop_of(request)
             with plain_errors():
                 settings = Settings(
                     prompt=prompt,
@@ -209,11 +211,12 @@ class Page:
         return handler
 
     def _while_typing(
-        self, live, prompt, negative_prompt, seed, random_seed, steps, guidance, scheduler
+        self, request: gr.Request, live, prompt, negative_prompt, seed, random_seed, steps, guidance, scheduler
     ) -> Iterator[dict]:
         """The picture of a prompt that is not finished, always from the same noise; it is not kept."""
         if not (live and prompt.strip()):
             return
+        stop = self._stop_of(request, "typed", anew=True)
         with plain_errors():
             settings = Settings(
                 prompt=prompt,
@@ -223,7 +226,7 @@ class Page:
                 guidance_scale=guidance,
                 scheduler=scheduler,
             )
-            for drawing in self.studio.text_to_image(settings, threading.Event(), previews=False):
+            for drawing in self.studio.text_to_image(settings, stop, previews=False):
                 if isinstance(drawing, Drawing):  # and not stopped, because the page closes
                     yield {
                         self.picture: drawing.images[0],
@@ -300,7 +303,7 @@ class Page:
         return gr.Files(files or None, visible=bool(files))
 
     def _begin(self, request: gr.Request) -> list:
-        self.stops[request.session_hash] = threading.Event()
+        self._stop_of(request, anew=True)
         draw, stop, use = (gr.Button(interactive=on) for on in (False, True, False))
         return [draw, draw, draw, draw, stop, use, use, "Waiting for its turn …"]
 
@@ -312,14 +315,28 @@ class Page:
         return [*self._end(shown), "Not drawn."]
 
     def _stop(self, request: gr.Request) -> str:
-        self.stops.setdefault(request.session_hash, threading.Event()).set()
+        self._stop_of(request).set()
         return "Stopping …"
 
+    def _stop_of(self, request: gr.Request, what: str = "asked for", anew: bool = False) -> threading.Event:
+        """What ends a session's drawing once it is set."""
+        key = (request.session_hash, what)
+        if anew or key not in self.stops:
+            self.stops.pop(key, None)
+            self.stops[key] = threading.Event()
+            while len(self.stops) > SESSIONS:
+                self.stops.pop(next(iter(self.stops)))
+        return self.stops[key]
+
     def _leave(self, request: gr.Request) -> None:
-        """The browser's tab was closed."""
-        stop = self.stops.pop(request.session_hash, None)
-        if stop is not None:
-            stop.set()
+        self.leave(request.session_hash)
+
+    def leave(self, session: str | None) -> None:
+        """The browser's tab was closed: nothing more is drawn for it."""
+        for key in [key for key in list(self.stops) if key[0] == session]:
+            stop = self.stops.pop(key, None)
+            if stop is not None:
+                stop.set()
 
     # What was drawn, and what was uploaded
 

@@ -1,6 +1,8 @@
 """`latentdiff serve`: a page in the browser to draw, edit and inpaint on."""
 
 import ipaddress
+import os
+import signal
 import sys
 import tempfile
 import threading
@@ -11,6 +13,7 @@ from PIL import Image
 
 from ..config.commands import Serve
 from ..utils.errors import ConfigError, first_line
+from ..utils.images import FORMATS
 
 if TYPE_CHECKING:
     import gradio
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def serve(options: Serve) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C, SIGTERM or the end of the terminal; no file is left behind.
 
     Raises:
         ConfigError: Gradio is not installed, a checkpoint cannot be loaded, or the address cannot be listened on.
@@ -28,17 +31,28 @@ def serve(options: Serve) -> None:
     from .session import MAX_PIXELS
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Gradio opens some pictures before we do; Pillow then refuses twice as many
+    Image.ID[:] = [kind for kind in Image.ID if kind in FORMATS]  # nor does Pillow open other kinds for it
     studio = open_studio(options)
-    with tempfile.TemporaryDirectory(prefix="latentdiff-") as folder:
+    ended = when_ended()
+    with tempfile.TemporaryDirectory(prefix="latentdiff-", ignore_cleanup_errors=True) as folder:  # for its owner alone
         page = launch(studio, options, Path(folder))
         announce(page.local_url, options.host)
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("closed")
+            ended.wait()
+            print("closed", flush=True)
         finally:
-            studio.close()
             page.close(verbose=False)
+            studio.close()
+
+
+def when_ended() -> threading.Event:
+    """What is set when the process is told to end, by a signal that it was not started to ignore."""
+    ended = threading.Event()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: ended.set())
+    return ended
 
 
 def announce(url: str, host: str) -> None:
@@ -68,16 +82,24 @@ def open_studio(options: Serve) -> "Studio":
 
 
 def launch(studio: "Studio", options: Serve, folder: Path) -> "gradio.Blocks":
-    """The page, answering on its address; pictures are kept in `folder`.
+    """The page, answering on its address; whatever it keeps as a file is in `folder`.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
-    from .page import CSS, THEME, Page
+    uploaded, drawn = folder / "uploaded", folder / "drawn"
+    for part in (uploaded, drawn):
+        part.mkdir(mode=0o700, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(uploaded)  # read when the page is made, and later
+    from .guard import GuardedApp, Hosts
+    from .page import CSS, SESSIONS, THEME, Page
+    from .uploads import Uploads
 
-    page = Page(studio, folder, Path(options.checkpoint).name, options.max_queue).blocks
+    page = Page(studio, drawn, Path(options.checkpoint).name, options.max_queue)
+    uploads = Uploads(uploaded, options.max_upload_mb * 2**20)
+    app = GuardedApp(page, Hosts(options.host, options.allowed_hosts), uploads, options.max_queue)
     try:
-        page.launch(
+        page.blocks.launch(
             server_name=options.host,
             server_port=options.port,
             max_file_size=f"{options.max_upload_mb}mb",
@@ -93,11 +115,14 @@ def launch(studio: "Studio", options: Serve, folder: Path) -> "gradio.Blocks":
             ssr_mode=False,
             mcp_server=False,
             pwa=False,
+            num_workers=0,  # which would listen elsewhere, without the guard
+            state_session_capacity=SESSIONS,
+            _app=app,
         )
     except OSError as error:
         where = options.host if options.port is None else f"{options.host}:{options.port}"
         raise ConfigError(f"{where} cannot be listened on: {first_line(error)}") from None
-    return page
+    return page.blocks
 
 
 def is_loopback(host: str) -> bool:

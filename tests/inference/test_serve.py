@@ -1,5 +1,6 @@
 """`latentdiff serve` as a command: what it refuses, where it listens, what it says."""
 
+import os
 import re
 import signal
 import socket
@@ -13,7 +14,7 @@ import pytest
 from latentdiff import ConsistencyScheduler
 from latentdiff.config.commands import Serve
 from latentdiff.inference.recipe import folder_ingredient
-from latentdiff.inference.serve import announce, is_loopback, launch, open_studio, require_gradio
+from latentdiff.inference.serve import announce, is_loopback, launch, open_studio, require_gradio, when_ended
 from latentdiff.inference.session import Settings, Usual
 from latentdiff.models.lora import save_lora
 from latentdiff.utils.errors import ConfigError
@@ -88,25 +89,50 @@ def test_a_port_in_use_is_named(tiny_pipeline_folder, tmp_path):
     assert "\n" not in str(mistake.value)
 
 
-def test_serves_until_ctrl_c(tiny_pipeline_folder):
-    """Else the command would not do what its help says, or leave a server behind."""
+def test_serves_until_it_is_ended(tiny_pipeline_folder, tmp_path):
+    """Else the command would not do what its help says, leave a server behind, or drawings that others can read."""
     pytest.importorskip("gradio", reason="the page needs gradio")
     command = [sys.executable, "-m", "latentdiff.cli", "serve", str(tiny_pipeline_folder), "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # What runs in the background of a shell, as these tests may, ignores Ctrl-C and hands that on.
-    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as server:
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    with subprocess.Popen(command, **pipes, env=environment | {"TMPDIR": str(tmp_path)}) as server:
         try:
             line = server.stdout.readline()
             url = re.match(r"http://127\.0\.0\.1:\d+/", line)
             assert url, line + server.stderr.read()
             with urllib.request.urlopen(url[0]) as answer:
                 assert b"latentdiff" in answer.read()
-            server.send_signal(signal.SIGINT)
+            [kept] = tmp_path.glob("latentdiff-*")
+            assert kept.stat().st_mode & 0o777 == 0o700
+            form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nx\r\n--x--\r\n'
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            urllib.request.urlopen(urllib.request.Request(f"{url[0]}gradio_api/upload", form, headers)).close()
+            assert [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("a.png")] == [kept.name]
+            server.send_signal(signal.SIGTERM)
             rest, complaints = server.communicate(timeout=60)
         finally:
             server.kill()
     assert (server.returncode, rest) == (0, "closed\n"), complaints
     assert "Traceback" not in complaints
+    assert list(tmp_path.glob("latentdiff-*")) == list(tmp_path.glob("gradio*")) == []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_every_way_to_end_it_is_heard(name):
+    """Else Ctrl-C, a service manager or a closed terminal would leave files; nor may nohup be undone."""
+    number = getattr(signal, name)
+    kept = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        when_ended()
+        assert signal.getsignal(number) is signal.SIG_IGN
+        signal.signal(number, signal.SIG_DFL)
+        ended = when_ended()
+        os.kill(os.getpid(), number)
+        assert ended.wait(5)
+    finally:
+        for each, handler in kept.items():
+            signal.signal(each, handler)
 
 
 def test_help_loads_no_gradio():
