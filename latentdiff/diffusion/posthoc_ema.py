@@ -95,6 +95,7 @@ def profile_error(steps: np.ndarray, gammas: np.ndarray, weights: np.ndarray, st
 
 SNAPSHOTS = "ema_snapshots"  # the folder's name in that of a run
 SNAPSHOT_METADATA = "ema_snapshot"  # what stands in a file beside the weights, under this name
+NETWORKS = ("unet", "text_encoder")  # whose averages are kept; the name becomes that of a folder
 
 
 @dataclass(frozen=True, order=True)
@@ -134,14 +135,20 @@ def list_snapshots(folder: str | os.PathLike, network: str | None = None) -> lis
 
 def _read(path: Path) -> Snapshot:
     said = _said_by(path)
-    return Snapshot(said["network"], said["step"], said["sigma_rel"], path)
+    network, step, sigma_rel = (said.get(name) for name in ("network", "step", "sigma_rel"))
+    if network not in NETWORKS or type(step) is not int or type(sigma_rel) not in (int, float):
+        raise ValueError(f"{path} is no EMA snapshot: what it says of itself is not what a run writes")
+    return Snapshot(network, step, sigma_rel, path)
 
 
 def _said_by(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})[SNAPSHOT_METADATA])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            said = json.loads((file.metadata() or {})[SNAPSHOT_METADATA])
+            if not isinstance(said.get("config"), dict):
+                raise KeyError("config")
+            return said
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no EMA snapshot, or a damaged one ({type(error).__name__})") from None
 
 

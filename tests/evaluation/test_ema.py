@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from hub_server import USER
 from latentdiff import LatentDiffPipeline, cli
-from latentdiff.diffusion.posthoc_ema import SNAPSHOTS, reconstructions
+from latentdiff.diffusion.posthoc_ema import SNAPSHOT_METADATA, SNAPSHOTS, reconstructions
 from latentdiff.evaluation import ema
+from latentdiff.training.ema import save_snapshot
 from tests.evaluation.test_retrieval import Thumbnail, noise_artist, toy_set  # noqa: F401 - the fixture of another file
 from tests.test_cli import fails
 
@@ -160,3 +162,23 @@ def test_averages_of_a_magnitude_preserving_unet(train):
     guided = ["generate", str(run), "--prompts", "a cat", "--num-inference-steps", "1", "--height", "16"]
     guided += ["--width", "16", "--guide-unet", str(run / "unet-ema-0.080"), "--output-dir", str(run / "drawn")]
     cli.main(guided)
+
+
+@pytest.mark.parametrize("network", ["../../../x", "/tmp/x", "vae", "", None, ["unet"]])
+def test_a_snapshot_names_no_place(network, tiny_pipeline_folder, tmp_path, capsys):
+    """A run from somewhere would write anywhere on the disk, beside what was asked for."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline_folder / "unet")
+    (tmp_path / "a" / "b" / SNAPSHOTS).mkdir(parents=True)
+    for step, name in ((1, "unet"), (2, network)):
+        path = save_snapshot(tmp_path / "a" / "b" / SNAPSHOTS, "unet", step, 0.1, unet.state_dict(), {})
+        said = {"network": name, "step": step, "sigma_rel": 0.1, "config": {}}
+        save_file(unet.state_dict(), path, {SNAPSHOT_METADATA: json.dumps(said)})
+    said = fails(
+        capsys, "reconstruct-ema", tmp_path / "a" / "b", "--sigma-rel", "0.1", "--output", tmp_path / "a" / "o"
+    )
+    assert "is no EMA snapshot" in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["a", "b", SNAPSHOTS, *ema_files(tmp_path)])
+
+
+def ema_files(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*.safetensors") if path.parent.name == SNAPSHOTS]
