@@ -22,7 +22,7 @@ from PIL import UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..config.train import TrainConfig
-from ..utils.errors import ConfigError, first_line
+from ..utils.errors import ConfigError, first_line, printable
 from ..utils.files import move_into_place
 from ..utils.images import open_upright
 from ..utils.randomness import fraction
@@ -111,7 +111,8 @@ def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
             f"{len(rejected)} of {count} pictures cannot be used, more than max_rejected_fraction = "
             f"{config.max_rejected_fraction}; the first is {first}; all are in {path}"
         )
-    logger.warning("%d of %d pictures are left out; the first is %s; all are in %s", len(rejected), count, first, path)
+    said = len(rejected), count, printable(first), printable(path)
+    logger.warning("%d of %d pictures are left out; the first is %s; all are in %s", *said)
 
 
 def _looked_at(rows: Iterable[Row], source: Source, memory: Path) -> Iterator[tuple[Row, Look]]:

@@ -75,6 +75,7 @@ def load_networks(
     clip: Path | None = None,
     ema_sigma_rel: float | None = None,
     lora: Path | None = None,
+    hub_id: str | None = None,
 ) -> Networks:
     """A checkpoint and what guides it, on their device.
 
@@ -86,13 +87,14 @@ def load_networks(
         ema_sigma_rel: as `load_pipeline`.
         lora: the folder of LoRA weights for the checkpoint's networks; with a scheduler's configuration in it, they
             are a consistency model's.
+        hub_id: what recipes call the checkpoint, where it is the folder of one that was loaded from the Hub before.
 
     Raises:
         ConfigError: one of them is not there or cannot be loaded.
     """
     pipeline = load_pipeline(checkpoint, device, dtype, ema_sigma_rel)
     lora_ingredient = None if lora is None else _load_lora(lora, pipeline)
-    hub_id = None if Path(checkpoint).exists() else checkpoint
+    hub_id = hub_id or (None if Path(checkpoint).exists() else checkpoint)
     return Networks(
         pipeline=pipeline,
         checkpoint=folder_ingredient(pipeline.name_or_path, hub_id),  # the very files that were loaded

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from PIL import Image, PngImagePlugin
 
 from ..config.sampling import SCHEDULERS, Sampling
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, printable
 from ..utils.files import file_sha256, folder_sha256, write_whole
 
 CHUNK = "latentdiff"
@@ -291,15 +291,10 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
 
 def file_ingredient(path: str | os.PathLike) -> Ingredient:
     """A file by its name and the SHA-256 of its bytes."""
-    return Ingredient(name=_printable(Path(path).name), sha256=file_sha256(path))
+    return Ingredient(name=printable(Path(path).name)[:MAX_NAME] or "?", sha256=file_sha256(path))
 
 
 def folder_ingredient(folder: str | os.PathLike, hub_id: str | None = None) -> Ingredient:
     """A saved pipeline or model by its Hub id or its folder's last name, and its hash."""
     name = hub_id or Path(folder).resolve().name
-    return Ingredient(name=_printable(name), sha256=folder_sha256(folder))
-
-
-def _printable(name: str) -> str:
-    """A file's name as one line: what cannot be printed becomes a question mark."""
-    return "".join(character if character.isprintable() else "?" for character in name)[:MAX_NAME] or "?"
+    return Ingredient(name=printable(name)[:MAX_NAME] or "?", sha256=folder_sha256(folder))

@@ -12,13 +12,17 @@ from PIL import Image
 from .. import __version__
 from ..config.drawing import Redraw
 from ..utils.errors import ConfigError
-from ..utils.files import packaged_checkpoint
+from ..utils.files import folder_sha256, packaged_checkpoint
 from ..utils.films import strip
 from .drawing import draw_frames, draw_recipes, open_input
 from .generate import is_there, save
 from .loading import DTYPES, HUB_ID, Networks, load_networks
 from .recipe import Ingredient, Recipe, file_ingredient, read_recipe
 
+# What a recipe may ask for beyond what its checkpoint is made for, so that a picture does not decide for how long a
+# machine works: times as many pixels, and pictures of the checkpoint's size times steps.
+MAX_AREA = 16
+MAX_WORK = 20_000
 _DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
@@ -32,13 +36,22 @@ def redraw(command: Redraw) -> None:
         for name in ("image", "mask")
         if getattr(recipe, name) is not None
     }
-    checkpoint = command.checkpoint or find_checkpoint(recipe.checkpoint, command.picture)
+    checkpoint, hub_id = command.checkpoint, None
+    if checkpoint is None:
+        checkpoint, hub_id = find_checkpoint(recipe.checkpoint, command), recipe.checkpoint.name
     dtype = _DTYPES[recipe.dtype]
     networks = load_networks(
-        checkpoint, command.device, dtype, command.guide_unet, command.clip, recipe.ema_sigma_rel, command.lora
+        checkpoint,
+        command.device,
+        dtype,
+        command.guide_unet,
+        command.clip,
+        recipe.ema_sigma_rel,
+        command.lora,
+        hub_id=hub_id,
     )
     now = as_of_now(recipe, networks, command)
-    _tell(list(differences(recipe, now)), command)
+    _tell([*differences(recipe, now), *excess(now, networks)], command)
     _say_device(recipe, now)
     output = command.output or command.picture.with_name(f"{command.picture.stem}-redrawn.png")
     if is_there(output, now, command.overwrite):
@@ -71,7 +84,7 @@ def with_shipped(command: Redraw, recipe: Recipe) -> Redraw:
     found = {}
     for name in ("checkpoint", "clip"):
         wanted = getattr(recipe, name)
-        if wanted is not None and getattr(command, name) is None and "/" not in wanted.name:
+        if wanted is not None and getattr(command, name) is None and Path(wanted.name).name == wanted.name:
             beside = Path(packaged_checkpoint()).parent / wanted.name
             found |= {name: str(beside) if name == "checkpoint" else beside} if _is_a_model(beside) else {}
     return replace(command, **found)
@@ -81,17 +94,25 @@ def _is_a_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
-def find_checkpoint(checkpoint: Ingredient, picture: Path) -> str:
-    """A recipe's checkpoint of the Hub, where it has been loaded before.
+def find_checkpoint(checkpoint: Ingredient, command: Redraw) -> str:
+    """The folder of a recipe's checkpoint of the Hub, where it has been loaded before.
 
-    A picture does not decide what is loaded from the network: its owner does, by --checkpoint.
+    A picture does not decide what is loaded from the network, nor that it is asked: its owner does, by --checkpoint.
 
     Raises:
-        ConfigError: it is not there, or not of the Hub.
+        ConfigError: it is not there, not of the Hub, or not the one that drew the picture.
     """
+    picture = command.picture
     if HUB_ID.fullmatch(checkpoint.name):
-        if isinstance(try_to_load_from_cache(checkpoint.name, "model_index.json"), str):
-            return checkpoint.name
+        index = try_to_load_from_cache(checkpoint.name, "model_index.json")
+        if isinstance(index, str):
+            folder = Path(index).parent
+            if folder_sha256(folder) != checkpoint.sha256 and not command.anyway:
+                raise ConfigError(
+                    f"{picture}: the {checkpoint.name!r} on this machine is not that of the recipe (SHA-256 differs): "
+                    f"--checkpoint {checkpoint.name} loads it anew, --anyway draws with this one"
+                )
+            return str(folder)
         raise ConfigError(
             f"{picture} was drawn by {checkpoint.name!r} of the Hub, which is not on this machine: "
             f"--checkpoint {checkpoint.name} loads it"
@@ -124,6 +145,19 @@ def differences(then: Recipe, now: Recipe) -> Iterator[str]:
             yield f"the {what} {is_now.name!r} is not the {was.name!r} of the recipe (SHA-256 differs)"
     if then.version != now.version:
         yield f"it was drawn by latentdiff {then.version!r}, and this is {now.version}"
+
+
+def excess(recipe: Recipe, networks: Networks) -> Iterator[str]:
+    """What a recipe asks for far beyond what its checkpoint is made for, in words."""
+    height, width = networks.pipeline.picture_size(None, None)
+    area = recipe.height * recipe.width / (height * width)
+    pictures = recipe.frames or recipe.batch_size
+    if area > MAX_AREA or area * pictures * recipe.num_inference_steps > MAX_WORK:
+        of = f"{pictures} pictures of " if pictures > 1 else ""
+        yield (
+            f"it asks for {of}{recipe.width} x {recipe.height} pixels in {recipe.num_inference_steps} steps, far more "
+            f"than this checkpoint is made for, which is {width} x {height}"
+        )
 
 
 def _tell(changed: list[str], command: Redraw) -> None:

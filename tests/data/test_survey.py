@@ -151,3 +151,14 @@ def test_a_name_that_is_no_text(folder, later):
     lines = look(folder)
     assert {line["name"] for line in lines} == {name, "b.png", "c.png"}
     assert lines == look(folder)
+
+
+def test_what_is_said_of_a_strangers_file_is_a_line(folder, caplog):
+    """An escape sequence in a file's name would reach the terminal, in the warning and in the refusal."""
+    (folder / "d\x1b[2Je\n.png").write_text("no picture")
+    with caplog.at_level("WARNING"):
+        look(folder, max_rejected_fraction=0.5)
+    assert "d?[2Je?.png" in caplog.text and "\x1b" not in caplog.text
+    with pytest.raises(ConfigError, match=r"d\?\[2Je\?\.png") as mistake:
+        look(folder, max_rejected_fraction=0.0)
+    assert str(mistake.value).isprintable()

@@ -221,3 +221,17 @@ def test_a_recipe_that_cannot_be_followed_here_is_one_line(tiny_pipeline_folder,
         assert said in fails(capsys, "redraw", path, *where)
     save_png(Image.open(path), path, recipe)
     assert "must end in .png" in fails(capsys, "redraw", path, *where, "--output", tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    "huge", [{"width": 8192, "height": 8192}, {"num_inference_steps": 10_000, "batch_size": 4}], ids=str
+)
+def test_a_picture_does_not_decide_how_long_a_machine_works(huge, tiny_pipeline_folder, tmp_path, monkeypatch, capsys):
+    """A file from somewhere would keep it busy for days, or take all its memory."""
+    path = draw(tiny_pipeline_folder, tmp_path / "one", "--prompts", "a cat")
+    save_png(Image.open(path), path, replace(read_recipe(path), **huge))
+    monkeypatch.setattr(redrawing, "draw_recipes", lambda *args, **kwargs: pytest.fail("it was drawn"))
+    said = fails(capsys, "redraw", path, "--checkpoint", tiny_pipeline_folder)
+    assert "far more than this checkpoint is made for, which is 16 x 16: --anyway draws it" in said
+    with pytest.raises(pytest.fail.Exception, match="it was drawn"):
+        cli.main(["redraw", str(path), "--checkpoint", str(tiny_pipeline_folder), "--anyway"])

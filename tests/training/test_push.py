@@ -1,10 +1,13 @@
 """`latentdiff push` and `pull`: a model to the Hub and back, drawn from there, and what is said when that fails."""
 
 import shutil
+from dataclasses import replace
+
+from PIL import Image
 
 from hub_server import TOKEN, USER
 from latentdiff import cli
-from latentdiff.inference.recipe import read_recipe
+from latentdiff.inference.recipe import read_recipe, save_png
 from tests.inference.test_generate import STEPS, pixels
 from tests.inference.test_redraw import draw, redraw
 from tests.test_cli import fails
@@ -31,6 +34,14 @@ def test_a_model_of_the_hub_from_push_to_redraw(hub, tiny_pipeline_folder, tmp_p
     path = tmp_path / "out" / "000-a-cat.png"
     assert read_recipe(path).checkpoint.name == f"{USER}/mine"
     assert (pixels(redraw(path)) == pixels(path)).all(), "it has been loaded before, so that its name is enough"
+    hub.requests.clear()
+    (again := path.with_name("000-a-cat-redrawn.png")).unlink()
+    recipe = read_recipe(path)
+    save_png(Image.open(path), path, replace(recipe, checkpoint=replace(recipe.checkpoint, sha256="0" * 64)))
+    assert "is not that of the recipe" in fails(capsys, "redraw", path)
+    cli.main(["redraw", str(path), "--anyway"])
+    assert again.is_file() and hub.requests == [], "a picture had the network asked"
+    save_png(Image.open(path), path, recipe)
     local = draw(folder, tmp_path / "local", "--prompts", "a cat")
     assert read_recipe(local).checkpoint.sha256 == read_recipe(path).checkpoint.sha256
 
