@@ -36,8 +36,17 @@ def training_command(settings: dict) -> str:
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = value if isinstance(value, list | tuple) else (value,)
-            words += [f"--{name}", *(Path(v).name if os.path.isabs(str(v)) else str(v) for v in values)]
+            words += [f"--{name}", *map(public_name, values)]
     return shlex.join(["accelerate", "launch", "train_text2img.py", *words])
+
+
+def public_name(value: object) -> str:
+    """A setting as others may read it: of what is, or looks like, a path of this machine its last part."""
+    text = str(value)
+    on_disk = "/" in text and os.path.exists(text)
+    if on_disk or os.path.isabs(text) or text.startswith((".", "~")):
+        return Path(text).expanduser().resolve().name
+    return text
 
 
 def repo_name(config: TrainConfig) -> str:
@@ -51,8 +60,8 @@ def write_card(config: TrainConfig) -> None:
     pictures = sorted((folder / "validation").glob("step-*.png"))
     own = config.train_data_dir or config.dataset_name
     from_pretrained = config.unet == "pretrained"
-    source = config.pretrained_model_name_or_path
-    is_hub_id = not Path(source).exists()
+    is_hub_id = not Path(config.pretrained_model_name_or_path).exists()
+    source = public_name(config.pretrained_model_name_or_path)
     task, objective = task_of(config), objective_of(config)
     few_steps = " that draws in one to eight steps (a latent consistency model)" if objective.draws_in_few_steps else ""
     model_card(
@@ -68,7 +77,7 @@ def write_card(config: TrainConfig) -> None:
         prompt=next(iter(config.validation_prompts), "a cat"),
         training_command=training_command(asdict(config)),
         sampler=objective.sampler_in_words(**objective.drawing()),
-        data={Path(own).name: "see the source of the data"} if own else emoji.CREDITS,
+        data={public_name(own): "see the source of the data"} if own else emoji.CREDITS,
         base_model=source if from_pretrained and is_hub_id else None,
         call=objective.drawing() if objective.draws_in_few_steps else None,
         draws_in_few_steps=objective.draws_in_few_steps,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,9 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..distributed.fsdp import whole_network
 from ..models.lora import has_lora, save_lora
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
+from ..pipelines.portable_saving import code_files
 from ..public import LatentDiffPipeline
+from ..utils.files import give_usual_mode
 from ..utils.hub import push_folder
 from .card import repo_name, write_card
 from .ema import EMA, PowerEMAs
@@ -45,17 +48,32 @@ def as_pipeline(
     )
 
 
-# What a run leaves in its folder beside the model, and what names files of the machine it ran on.
-NOT_PUSHED = (
-    "checkpoint-*/*",
-    ".tmp-*",
-    "logs/*",
-    "*pictures.jsonl*",
-    "rejected.jsonl",
-    "train_config.yaml",
-    f"{SNAPSHOTS}/*",
-    "*-ema-*/*",  # of `latentdiff reconstruct-ema`
-)
+# Of a pipeline's part, and of a folder beside the parts.
+_OF_A_PART = {".json", ".txt", ".safetensors", ".bin", ".model", ".jinja", ".py"}
+_BESIDE = ("README.md", "LICENSE*", "model_index.json", "config.json", "scheduler_config.json", "*.safetensors")
+_RESULTS = ("evaluation.json", "evaluation.md", "ema_sweep.json", "ema_sweep.md", "ema_sweep.png")
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
+
+
+def pushed_files(folder: Path, ema_snapshots: bool = False) -> list[str]:
+    """What of a saved folder belongs to the model, as paths in it: its parts, code, card and the pictures on that.
+
+    Whatever else lies there stays at home: checkpoints, caches, logs, lists of pictures, settings, other people's files.
+    """
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    found = [path for pattern in (*_BESIDE, *_RESULTS, *code_files()) for path in folder.glob(pattern)]
+    for part in folder.iterdir():
+        if isinstance(parts.get(part.name), list) and part.is_dir():
+            found += [path for path in part.iterdir() if path.suffix in _OF_A_PART]
+    if ema_snapshots:
+        found += (folder / SNAPSHOTS).glob("*.safetensors")
+    card = folder / "README.md"
+    said = unquote(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else ""
+    pictures = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix.lower() in _PICTURES]
+    found += [path for path in pictures if path.relative_to(folder).as_posix() in said]
+    names = {path.relative_to(folder).as_posix() for path in found if path.is_file()}
+    return sorted(name for name in names if not any(one.startswith(".") for one in Path(name).parts))
 
 
 def finish(
@@ -71,6 +89,7 @@ def finish(
     if ema is not None:
         ema.copy_to(model)
     unet = whole_network(networks_of(model)["unet"])  # from all processes
+    folder = Path(config.output_dir)
     if accelerator.is_main_process:
         half = config.save_dtype == "fp16"
         if has_lora(unet):
@@ -84,13 +103,14 @@ def finish(
                 module.to("cpu")
                 module.half() if half else module.float()
             as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
-            settle_configurations(Path(config.output_dir))
+            settle_configurations(folder)
+        for written in (folder, *(folder / part for part in ("vae", "text_encoder", "unet"))):
+            for weights in written.glob("*.safetensors"):
+                give_usual_mode(weights)
         write_card(config)
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
-            url = push_folder(
-                config.output_dir, repo_name(config), private=config.hub_private, ignore_patterns=NOT_PUSHED
-            )
+            url = push_folder(folder, repo_name(config), private=config.hub_private, files=pushed_files(folder))
             tqdm.write(f"pushed to {url}")
     accelerator.end_training()
 

@@ -25,7 +25,7 @@ from ..pipelines.portable_saving import write_code
 from ..utils.errors import ConfigError, first_line
 from ..utils.hub import PushError, open_repo, pull_folder, push_folder
 from .card import repo_name
-from .export import NOT_PUSHED, as_pipeline, settle_configurations
+from .export import as_pipeline, pushed_files, settle_configurations
 from .objectives import objective_of
 
 
@@ -115,8 +115,7 @@ def push(command: Push) -> None:
     """Push a folder with the code that draws from it where latentdiff is not installed, and say where it is."""
     if not (command.folder / "model_index.json").is_file():
         raise ConfigError(f"{command.folder} holds no model_index.json: give the folder of a whole saved pipeline")
-    wanted = [f"{SNAPSHOTS}/*"] if command.ema_snapshots else []
-    if wanted and not any(command.folder.glob(f"{SNAPSHOTS}/*.safetensors")):
+    if command.ema_snapshots and not any(command.folder.glob(f"{SNAPSHOTS}/*.safetensors")):
         raise ConfigError(f"--ema-snapshots: {command.folder} holds none; a run with --ema_sigma_rel writes them")
     try:
         write_code(command.folder)
@@ -128,7 +127,7 @@ def push(command: Push) -> None:
         private=command.private,
         revision=command.revision,
         commit_message=command.message,
-        ignore_patterns=[pattern for pattern in NOT_PUSHED if pattern not in wanted],
+        files=pushed_files(command.folder, command.ema_snapshots),
     )
     print(url)
 

@@ -38,8 +38,23 @@ def write_whole(path: str | os.PathLike, content: bytes, aside: Path | None = No
         raise
 
 
+def give_usual_mode(written: Path) -> None:
+    """Give a file, or what lies in a folder, the mode that the umask says: safetensors writes for the owner alone."""
+    folder = written if written.is_dir() else written.parent
+    files = [written] if written.is_file() else [path for path in written.rglob("*") if path.is_file()]
+    weights = [path for path in files if path.suffix == ".safetensors" and not path.is_symlink()]
+    if weights:
+        probe = folder / f".mode.{os.getpid()}"  # to ask for the umask is to set it, for all threads
+        probe.touch()
+        mode = probe.stat().st_mode & 0o666
+        probe.unlink()
+        for path in weights:
+            path.chmod(mode)
+
+
 def move_into_place(aside: Path, final: Path) -> None:
     """Give what was written aside, a file or a folder, its name once it is on the disk, and put that onto it, too."""
+    give_usual_mode(aside)
     for path in [aside] if aside.is_file() else (path for path in aside.rglob("*") if path.is_file()):
         sync(path)
     os.replace(aside, final)

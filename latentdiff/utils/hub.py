@@ -3,6 +3,7 @@
 What fails says why in one line, and never with the token.
 """
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,12 +38,12 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload with latentdiff",
-    ignore_patterns: Sequence[str] = (),
+    files: Sequence[str] | None = None,
 ) -> str:
-    """Push everything in `folder` to the model repository `repo_id`, created if need be, and return the commit's URL.
+    """Push `folder` to the model repository `repo_id`, created if need be, and return the commit's URL.
 
     Args:
-        ignore_patterns: what stays at home, such as "logs/*": a star also stands for slashes.
+        files: what is pushed of it, by paths in the folder; by default everything.
         token: with the right to write; by default HF_TOKEN or that of `hf auth login`.
         revision: the branch, created if need be; by default main.
 
@@ -60,7 +61,7 @@ def push_folder(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            ignore_patterns=list(ignore_patterns),
+            allow_patterns=None if files is None else [glob.escape(name) for name in files],
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         # `from None`: the chain would print the library's own message, which may quote the request's headers.

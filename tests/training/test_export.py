@@ -1,13 +1,16 @@
-"""The command in a model card is the run's."""
+"""What a finished run says of itself and gives away: the command in its model card, the files that are pushed."""
 
 import dataclasses
+import json
+import os
 import shlex
 
 import pytest
 
 from latentdiff.config.presets import PRESETS, parse_train_config
 from latentdiff.config.train import TrainConfig
-from latentdiff.training.card import training_command
+from latentdiff.training.card import training_command, write_card
+from latentdiff.training.export import pushed_files
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,44 @@ def test_no_paths_of_the_machine(tmp_path):
     command = training_command(dataclasses.asdict(config))
     assert "/home" not in command and str(tmp_path) not in command
     assert "--pretrained_model_name_or_path model" in command and f"--train_data_dir {tmp_path.name}" in command
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("where", ["absolute", "relative", "above"])
+def test_a_card_names_no_folder_of_the_machine(where, lora_rank, tmp_path, monkeypatch):
+    """Where its owner keeps a base model and pictures would stand on the Hub."""
+    base, data = tmp_path / "private" / "model", tmp_path / "private" / "pictures"
+    base.mkdir(parents=True)
+    data.mkdir()
+    monkeypatch.chdir(base if where == "above" else tmp_path)
+    named = [str(path) if where == "absolute" else os.path.relpath(path) for path in (base, data)]
+    config = TrainConfig(
+        unet="pretrained",
+        pretrained_model_name_or_path=named[0],
+        train_data_dir=named[1],
+        output_dir=str(tmp_path),
+        lora_rank=lora_rank,
+    )
+    write_card(config)
+    card = (tmp_path / "README.md").read_text()
+    assert "private" not in card and str(tmp_path) not in card and ".." not in card
+    assert "--pretrained_model_name_or_path model" in card and "--train_data_dir pictures" in card
+
+
+def test_the_model_is_pushed_and_nothing_else(tmp_path):
+    """Passwords, logs, captions, caches and pictures that lie in a run's folder would be published."""
+    index = {"_class_name": "X", "unet": ["diffusers", "UNet"], "../out": ["a", "b"], "cache": "no part"}
+    ours = ["model_index.json", "README.md", "LICENSE", "unet/config.json", "unet/weights.safetensors", "pipeline.py"]
+    ours += ["validation/step-2.png", "ema_sweep.md"]
+    others = [".env", "nohup.out", "run.log", "secret.txt", "train_config.yaml", "pictures.jsonl", "rejected.jsonl"]
+    others += ["cache/unet/a.safetensors", "checkpoint-2/unet/a.safetensors", "logs/a.json", "unet/.git/config.json"]
+    others += ["validation/step-1.png", "me.png", "unet/nohup.out", "unet/.a.json", "unet-ema-0.1/config.json"]
+    others += [".cache/a.json", "ema_snapshots/a.safetensors", "../out/a.json", "my_script.py"]
+    folder = tmp_path / "run"
+    for name in (*ours, *others):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "README.md").write_text("![](validation/step-2.png)")
+    assert pushed_files(folder) == sorted(ours)
+    assert pushed_files(folder, ema_snapshots=True) == sorted([*ours, "ema_snapshots/a.safetensors"])
