@@ -10,6 +10,7 @@ import yaml
 
 from ..utils.errors import ConfigError, first_line
 from ..utils.flags import parse_flags, user_errors
+from ..utils.text import NotText, decoded
 from .checks import ADAFACTOR_LACKS
 from .train import TrainConfig
 
@@ -85,8 +86,8 @@ def read_config(path: str) -> dict:
         ConfigError: the file is missing or holds a setting that does not exist.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(decoded(Path(path).read_bytes())) or {}
+    except (OSError, NotText, yaml.YAMLError) as error:
         raise ConfigError(f"config: {path!r} cannot be read ({first_line(error)})") from None
     known = get_type_hints(TrainConfig)
     if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):

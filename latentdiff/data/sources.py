@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from ..config.train import TrainConfig
 from ..utils.errors import ConfigError, first_line
 from ..utils.images import SUFFIXES
+from ..utils.text import Lines, NotText, decoded, lines
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Folder:
             inside = PurePosixPath(metadata.parent.relative_to(folder).as_posix())
             for where, record, problem in _records(metadata):
                 row = _row(folder, inside, where, record, problem, caption_column)
-                if row.name in rows:  # another line for the same picture
-                    row.captions[:0] = rows[row.name].captions
+                if earlier := rows.get(row.name):  # another line for the same picture
+                    row = replace(row, captions=earlier.captions + row.captions, problem=earlier.problem or row.problem)
                 rows[row.name] = row
                 columns |= {key for key in record if key} if isinstance(record, dict) else set()
         if columns and caption_column not in columns:
@@ -106,7 +107,7 @@ class Folder:
         for path in picture_files(folder):
             name = path.relative_to(folder).as_posix()
             if name not in rows:
-                rows[name] = Row(name, _captions_beside(path))
+                rows[name] = Row(name, *_captions_beside(path))
         if not any(row.captions for row in rows.values()):
             raise ConfigError(
                 f"train_data_dir: no captions in {str(folder)!r}: a metadata.jsonl or metadata.csv names each picture "
@@ -129,42 +130,52 @@ def picture_files(folder: Path) -> Iterator[Path]:
 
 
 def _records(metadata: Path) -> Iterator[tuple[str, object, str | None]]:
-    """(name of the line, its values, None), or (name, None, what is wrong with it)."""
-    with open(metadata, encoding="utf-8-sig", errors="replace", newline="") as lines:
+    """(name of the line, its values, what is wrong with it)."""
+    with open(metadata, "rb") as stream:
+        some = Lines(stream)
         if metadata.suffix == ".csv":
-            yield from _csv_records(metadata, csv.DictReader(lines))
+            yield from _csv_records(metadata, some)
             return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                record, problem = None, None
+        for number, line in enumerate(some, start=1):
+            if line.strip() or some.problem:
+                record, problem = None, some.problem
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    problem = f"it is no JSON ({error})"
+                    problem = problem or f"it is no JSON ({error})"
                 yield f"{metadata.name}, line {number}", record, problem
+                some.problem = None
 
 
-def _csv_records(metadata: Path, reader: csv.DictReader) -> Iterator[tuple[str, dict | None, str | None]]:
+def _csv_records(metadata: Path, some: Lines) -> Iterator[tuple[str, dict | None, str | None]]:
+    reader = csv.DictReader(iter(some))
+    if reader.fieldnames and some.problem:  # the header's, not its first record's
+        yield f"{metadata.name}, line 1", None, some.problem
+        if "file_name" not in reader.fieldnames:
+            return
+        some.problem = None
     while True:
         record, problem = None, None
         try:
             record = next(reader)
         except StopIteration:
-            return
+            if not some.problem:
+                return
         except csv.Error as error:
             problem = f"it is no CSV ({error})"
-        yield f"{metadata.name}, line {reader.line_num}", record, problem
+        yield f"{metadata.name}, line {reader.line_num}", record, some.problem or problem
+        some.problem = None
 
 
 def _row(
     folder: Path, inside: PurePosixPath, where: str, record: object, problem: str | None, caption_column: str
 ) -> Row:
     at = (inside / where).as_posix()
-    if problem or not isinstance(record, dict):
+    if not isinstance(record, dict):
         return Row(at, problem=problem or "it is no JSON object")
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
-        return Row(at, problem="it has no file_name")
+        return Row(at, problem=problem or "it has no file_name")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         return Row(f"{at}: {name}", problem="it leads out of the data folder")
@@ -174,14 +185,20 @@ def _row(
             return Row(name, problem="there is no such file")
     except OSError as error:  # a name that no file can have
         return Row(at, problem=f"there is no such file ({error.strerror})")
+    if problem:
+        return Row(name, problem=f"{at}: {problem}")
     return Row(name, clean(record.get(caption_column)))
 
 
-def _captions_beside(picture: Path) -> list[str]:
+def _captions_beside(picture: Path) -> tuple[list[str], str | None]:
+    """The captions, and what is wrong with them."""
     text = picture.with_suffix(".txt")
     if not text.is_file():
-        return []
-    return clean(text.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+        return [], None
+    try:
+        return clean(lines(decoded(text.read_bytes()))), None
+    except (OSError, NotText) as error:
+        return [], f"{text.name}: {first_line(error)}"
 
 
 # -------------------------------------------------------------------------------------------------------- a table

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from ..utils.errors import ConfigError
 from ..utils.images import SUFFIXES
+from ..utils.text import decoded, lines
 from .sources import Row, clean, stamp_of
 
 _PICTURES = {suffix[1:] for suffix in SUFFIXES}
@@ -252,9 +253,9 @@ def _refusal(header: tarfile.TarInfo, file: str, extension: str, tar_size: int) 
 def _text(tar: _Tar, member: _Member) -> tuple[dict | list[str] | None, str | None]:
     """The lines of a text or the object of a JSON, and what is wrong with it."""
     try:
-        text = tar.content(member.offset, member.size).decode("utf-8-sig", errors="replace")
+        text = decoded(tar.content(member.offset, member.size))
         if member.extension != "json":
-            return text.splitlines(), None
+            return lines(text), None
         record = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         return None, f"its .{member.extension} cannot be read ({error})"

@@ -19,6 +19,7 @@ from ..utils.errors import ConfigError
 from ..utils.files import write_whole
 from ..utils.films import check_animation, save_animation, strip
 from ..utils.grid import labelled_grid
+from ..utils.text import NotText, decoded, lines
 from .drawing import draw_frames, draw_recipes, open_input, recipe_of
 from .loading import Networks, load_networks
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png
@@ -86,12 +87,12 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MAX_PROMPTS_FILE:
             raise ConfigError(f"--prompts-file {path} is larger than {MAX_PROMPTS_FILE // 2**20} MiB")
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts-file {path} is not text in UTF-8 (at byte {error.start})") from None
+        text = decoded(path.read_bytes())
+    except NotText as error:
+        raise ConfigError(f"--prompts-file {path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"--prompts-file {path} cannot be read: {error.strerror}") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in lines(text) if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts-file {path} holds no prompt: write one on each line")
     return prompts

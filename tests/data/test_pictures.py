@@ -270,7 +270,10 @@ def hostile_folder(folder) -> tuple[dict[str, tuple[int, int, int]], dict[str, s
     (folder / "empty caption.txt").write_text(" \n")
     unusable |= {"no caption.png": "caption is missing", "empty caption.png": "caption is missing"}
     (folder / "long.txt").write_text("a very " * 15_000 + "long caption")
-    (folder / "tall.txt").write_bytes(b"\xff\xfe broken utf-8 \x00")
+    plain.save(folder / "no utf-8.png")
+    (folder / "no utf-8.txt").write_bytes("ein Käse".encode("cp1252"))
+    unusable["no utf-8.png"] = "no utf-8.txt: it is not text in UTF-8 (at byte 5, 0xe4)"
+    (folder / "tall.txt").write_bytes("a tall picture".encode("utf-16"))
     return usable, unusable
 
 

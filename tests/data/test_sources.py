@@ -32,6 +32,46 @@ def test_a_text_file_beside_each_picture(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_captions_in_any_encoding_that_says_its_name(tmp_path, suffix, encoding):
+    """What Windows' programs write would be trained as garbage, or as two captions where it has U+2028."""
+    pictures(tmp_path, "a.png")
+    said = "ein Käse, \u2028猫"
+    texts = {"txt": f"{said}\r\n", "csv": f'file_name,text\r\na.png,"{said}"\r\n'}
+    texts["jsonl"] = json.dumps({"file_name": "a.png", "text": said}, ensure_ascii=False)
+    (tmp_path / ("a.txt" if suffix == "txt" else f"metadata.{suffix}")).write_bytes(texts[suffix].encode(encoding))
+    assert rows(Folder(tmp_path, "text")) == {"a.png": ([said], None)}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "shift-jis", "gbk"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_captions_in_an_encoding_that_cannot_be_told_are_refused(tmp_path, suffix, encoding):
+    """The picture would be trained under marks of replacement."""
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.txt").write_text("fine")
+    said = {"cp1252": "café", "shift-jis": "猫が座る", "gbk": "一只狗在跑"}[encoding]
+    texts = {"txt": said, "csv": f"text,file_name\n{said},a.png\nfine,b.png"}
+    texts["jsonl"] = f'{{"file_name": "a.png", "text": "{said}"}}\n'
+    name = "a.txt" if suffix == "txt" else f"metadata.{suffix}"
+    (tmp_path / name).write_bytes(texts[suffix].encode(encoding))
+    found = rows(Folder(tmp_path, "text"))
+    assert found.pop("b.png") == (["fine"], None)
+    captions, problem = found.pop("a.png")
+    assert not captions and problem.startswith(name) and "it is not text in UTF-8 (at byte" in problem and not found
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_metadata_that_is_no_text_at_all(tmp_path, suffix):
+    """It would end in a traceback, or be read as no captions."""
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.txt").write_text("fine")
+    for content in (b"\xff\xfe\x00\xd8a\0", "file_name,text\na.png,x".encode("utf-16-le")):
+        (tmp_path / f"metadata.{suffix}").write_bytes(content)
+        problems = [p for name, (_, p) in rows(Folder(tmp_path, "text")).items() if name.startswith("metadata.")]
+        assert problems and all("it is not text" in problem for problem in problems)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_metadata_of_both_kinds_in_every_folder(tmp_path, suffix):
     """Names are relative to the metadata beside them; the other column is not the caption."""

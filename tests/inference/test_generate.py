@@ -229,7 +229,7 @@ def test_what_networks_cannot_do_is_one_line(tiny_pipeline_folder, tmp_path, cap
         (["--guide-unet", tmp_path], f"--guide-unet {tmp_path}: no UNet"),
         (["--clip", tmp_path / "no", "--clip-guidance", "1"], "no: no such folder"),
         (["--clip", tmp_path, "--clip-guidance", "1"], f"--clip {tmp_path}: no CLIP"),
-        (["--prompts-file", wrong], "is not text in UTF-8 (at byte 5)"),
+        (["--prompts-file", wrong], "wrong.txt: it is not text in UTF-8 (at byte 5, 0xff)"),
         (["--prompts-file", tmp_path / "empty.txt"], "holds no prompt"),
         (["--prompts-file", tmp_path / "none.txt"], "cannot be read: No such file"),
         (["--output-dir", wrong], "wrong.txt/000-a.png cannot be written"),
