@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..config.train import TrainConfig
 from ..utils.errors import RunStopped
-from ..utils.images import crop_box, open_upright, resized
+from ..utils.images import crop_box, open_decoded, resized
 from ..utils.randomness import fraction
 from . import emoji
 from .sources import Folder, Source, Table, metadata_files, picture_files
@@ -176,15 +176,18 @@ class OwnPictures:
         if hashlib.sha256(content).hexdigest() != line["sha256"]:
             raise RunStopped(f"{line['name']} has changed since the run started; start it again")
         size = self.sizes[self.size_of[row]]
-        return resized(open_upright(io.BytesIO(content)), size, self._box(line, size, crop))
+        image = open_decoded(io.BytesIO(content)).image  # what it complains of was said when it was looked at
+        return resized(image, size, self._box(line, size, crop))
 
     def digests(self) -> Iterator[bytes]:
-        """SHA-256 of the file's, the size and the part of the picture that is taken."""
+        """SHA-256 of the file's, the size and the part of the picture that is taken, and whether to sRGB."""
         for row, (_, line) in enumerate(self._lines()):
             size = self.sizes[self.size_of[row]]
+            # The same bytes without the conversion are another picture: entries of version 0.1.0 are of that one.
+            colours = " in sRGB" if line.get("converted") else ""
             for crop in range(self.crops):
                 box = ",".join(f"{edge:.3f}" for edge in self._box(line, size, crop))
-                yield hashlib.sha256(f"{line['sha256']} {box} to {size} lanczos".encode()).digest()
+                yield hashlib.sha256(f"{line['sha256']} {box} to {size} lanczos{colours}".encode()).digest()
 
     def name(self, row: int) -> str:
         """The file in the folder, or the row's number in a data set without files."""

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..config.train import TrainConfig
 from ..utils.errors import ConfigError, first_line, printable
 from ..utils.files import move_into_place
-from ..utils.images import open_upright
+from ..utils.images import open_decoded
 from ..utils.randomness import fraction
 from .sources import Row, Source
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 PICTURES, REJECTED = "pictures.jsonl", "rejected.jsonl"
 _CHUNK = 1024  # rows looked at together
+_COMPLAINTS = 5  # how many are said one by one
+_LOOKS = "looks_in_srgb"  # "looks", of version 0.1.0, does not say which pictures are converted
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Look:
-    """What looking at a picture's file told."""
+    """What looking at a picture's file told; a complaint, unlike a problem, does not keep it from being used."""
 
     sha256: str = ""
     width: int = 0
     height: int = 0
+    converted: bool = False
+    complaint: str | None = None
     problem: str | None = None
 
 
@@ -65,7 +69,7 @@ def survey(config: TrainConfig, source: Source, memory: Path) -> None:
     folder = Path(config.output_dir)
     aside = folder / f".{PICTURES}-{PartialState().process_index}"  # the next run writes over what a killed one left
     rejected: list[Rejected] = []
-    count = used = trained = 0
+    count = used = trained = complaints = 0
     try:
         with open(aside, "w", encoding="ascii") as lines:
             for row, look in _looked_at(islice(source.rows(), config.max_train_samples), source, memory):
@@ -73,9 +77,14 @@ def survey(config: TrainConfig, source: Source, memory: Path) -> None:
                 if problem := row.problem or (None if row.captions else "its caption is missing") or look.problem:
                     rejected.append(Rejected(row.name, problem))
                     continue
+                complaints += bool(look.complaint)
+                if look.complaint and complaints <= _COMPLAINTS:
+                    logger.warning("%s: %s", row.name, look.complaint)
                 held_out = fraction("held out", row.name) < config.held_out_fraction
                 lines.write(json.dumps(_line(row, look, held_out)) + "\n")
                 used, trained = used + 1, trained + (not held_out)
+        if complaints > _COMPLAINTS:
+            logger.warning("%d more pictures have such a profile", complaints - _COMPLAINTS)
         _report(rejected, count, config)
         if not trained:
             raise ConfigError(
@@ -95,6 +104,7 @@ def _line(row: Row, look: Look, held_out: bool) -> dict:
         "size": [look.width, look.height],
         "held_out": held_out,
         "place": row.place,
+        **({"converted": True} if look.converted else {}),
     }
 
 
@@ -138,7 +148,8 @@ def _look(source: Source, row: Row) -> Look:
         with open(file, "rb") if isinstance(file, Path) else file as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
-            return Look(sha256, *open_upright(stream).size)
+            image, converted, complaint = open_decoded(stream)
+            return Look(sha256, *image.size, converted, complaint)
     except UnidentifiedImageError:
         return Look(problem="it cannot be read as a picture (of no format that is known here)")
     except Exception as error:  # Pillow raises many kinds for a broken file
@@ -159,8 +170,8 @@ class _Memory:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, timeout=60)
             self._file.execute(
-                "CREATE TABLE IF NOT EXISTS looks (stamp BLOB PRIMARY KEY, sha256 TEXT, width INT, height INT) "
-                "WITHOUT ROWID"
+                f"CREATE TABLE IF NOT EXISTS {_LOOKS} (stamp BLOB PRIMARY KEY, sha256 TEXT, width INT, height INT, "
+                "converted INT, complaint TEXT) WITHOUT ROWID"
             )
 
     def recall(self, rows: Iterable[Row]) -> dict[str, Look]:
@@ -168,7 +179,7 @@ class _Memory:
         known = {}
         with suppress(sqlite3.Error):
             for row in rows if self._file else ():
-                query = "SELECT sha256, width, height FROM looks WHERE stamp = ?"
+                query = f"SELECT sha256, width, height, converted, complaint FROM {_LOOKS} WHERE stamp = ?"
                 if row.stamp and (found := self._file.execute(query, (_digest(row.stamp),)).fetchone()):
                     known[row.stamp] = Look(*found)
         return known
@@ -176,14 +187,14 @@ class _Memory:
     def remember(self, rows: Iterable[Row], looks: Iterable[Look]) -> None:
         """Keep what was found out about files that have a stamp."""
         seen = [
-            (_digest(row.stamp), look.sha256, look.width, look.height)
+            (_digest(row.stamp), look.sha256, look.width, look.height, look.converted, look.complaint)
             for row, look in zip(rows, looks, strict=True)
             if row.stamp and not look.problem
         ]
         with suppress(sqlite3.Error):
             if seen and self._file:
                 with self._file:
-                    self._file.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?)", seen)
+                    self._file.executemany(f"INSERT OR REPLACE INTO {_LOOKS} VALUES (?, ?, ?, ?, ?, ?)", seen)
 
 
 def _digest(stamp: str) -> bytes:

@@ -1,10 +1,15 @@
-"""One picture: opened whatever it is, turned upright, put on white, cropped and brought to size."""
+"""One picture: opened whatever it is, turned upright, in sRGB, put on white, cropped and brought to size."""
 
+import logging
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageOps
+
+from .colours import to_srgb
+
+logger = logging.getLogger(__name__)
 
 # Pictures of pixels, whatever a file calls itself. Not EPS, which Pillow would hand to Ghostscript to run.
 _PIXELS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -13,8 +18,21 @@ FORMATS = tuple(kind for kind in _PIXELS if kind in Image.OPEN)  # MPO is opened
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _PIXELS)
 
 
-def open_upright(file: Path | BinaryIO) -> Image.Image:
-    """The picture in a file as `upright_rgb` makes it.
+class Decoded(NamedTuple):
+    """A picture as `upright_rgb` makes it.
+
+    Attributes:
+        converted: whether its colours were others than sRGB's.
+        complaint: what was wrong with it that did not keep it from being read.
+    """
+
+    image: Image.Image
+    converted: bool
+    complaint: str | None
+
+
+def open_decoded(file: Path | BinaryIO) -> Decoded:
+    """The picture in a file.
 
     Raises:
         Exception: Pillow raises many kinds for a broken file, and one for a picture so large that it may be a trap.
@@ -22,7 +40,16 @@ def open_upright(file: Path | BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file, formats=FORMATS) as image:
-            return upright_rgb(image)
+            return decode(image)
+
+
+def open_upright(file: Path | BinaryIO) -> Image.Image:
+    """The picture in a file; a complaint is logged.
+
+    Raises:
+        Exception: as `open_decoded`.
+    """
+    return _said(open_decoded(file), file)
 
 
 def upright(image):
@@ -33,10 +60,21 @@ def upright(image):
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB: the first frame, turned as its EXIF says, what is transparent on white.
+    """Any picture as RGB: the first frame, turned as its EXIF says, in sRGB, what is transparent on white.
+
+    A colour profile that cannot be used is ignored, and that is logged.
 
     Raises:
         ValueError: its shades are floating-point numbers, of which none is known to be white.
+    """
+    return _said(decode(image), getattr(image, "filename", ""))
+
+
+def decode(image: Image.Image) -> Decoded:
+    """As `upright_rgb`, which says what this only returns.
+
+    Raises:
+        ValueError: as there.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -44,10 +82,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         image.info.pop("transparency", None)  # a shade of 16 bits, which Pillow cannot apply
         image = image.point(lambda value: value / 256).convert("L")
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    image, converted, complaint = to_srgb(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return Decoded(image.convert("RGB"), converted, complaint)
+
+
+def _said(decoded: Decoded, file: Path | BinaryIO | str) -> Image.Image:
+    if decoded.complaint:
+        name = file if isinstance(file, Path | str) else getattr(file, "name", "")
+        logger.warning("%s: %s", name or "a picture", decoded.complaint)
+    return decoded.image
 
 
 def crop_box(

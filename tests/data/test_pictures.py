@@ -1,5 +1,6 @@
 """One's own pictures and the embedded ones as rows with captions; a bad picture is named and ends nothing."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -16,7 +17,10 @@ from latentdiff.config.train import TrainConfig
 from latentdiff.data import emoji
 from latentdiff.data.pictures import EmojiPictures, OwnPictures, open_source
 from latentdiff.data.survey import survey
+from latentdiff.utils.colours import matrix_profile
 from latentdiff.utils.errors import ConfigError
+
+SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of white, red, green, blue
 
 
 def first_row(image: Image.Image) -> list[tuple[int, ...]]:
@@ -120,6 +124,26 @@ def test_a_missing_picture_is_named(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
     with pytest.raises(ConfigError, match="row 1: it cannot be read as a picture"):
         surveyed(TrainConfig(dataset_name=str(tmp_path / "set"), output_dir=str(tmp_path)))
+
+
+def test_a_picture_in_other_colours_has_other_latents(tmp_path, caplog, later):
+    """Those that an earlier version encoded from the unconverted picture would be found under its bytes."""
+    folder = folder_of(tmp_path / "pics", ["a", "b", "c"])
+    for name, profile in (("000", matrix_profile(1.8, SRGB)), ("001", matrix_profile(None, SRGB)), ("002", b"broken")):
+        Image.new("RGB", (8, 8), (0, 128, 255)).save(folder / f"{name}.png", icc_profile=profile)
+    for _ in range(2):  # the second time from memory
+        caplog.clear()
+        pictures = own(folder, tmp_path)
+        assert [pictures.line(row).get("converted") for row in range(3)] == [True, None, None]
+        # 255 by sRGB's curve of (128 / 255) ** 1.8 = 0.289: 1.055 * 0.289 ** (1 / 2.4) - 0.055 = 0.574, 146.5
+        greens = [first_row(pictures.image(row))[0][1] for row in range(3)]
+        assert greens[0] in (146, 147) and greens[1:] == [128, 128]
+        for digest, row in zip(pictures.digests(), range(3), strict=True):
+            line = pictures.line(row)
+            as_before = hashlib.sha256(f"{line['sha256']} 0.000,0.000,8.000,8.000 to (8, 8) lanczos".encode()).digest()
+            assert (digest == as_before) == (row > 0)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 1 and said[0].startswith("002.png: its colour profile is ignored")
 
 
 def test_no_stale_list_of_rejected_pictures(tmp_path):

@@ -119,7 +119,7 @@ def test_without_a_memory_everything_is_looked_at(folder, opened, later, damage)
     elif damage == "a folder":
         memory.mkdir()
     else:
-        sqlite3.connect(memory).execute("CREATE TABLE looks (other INT)").connection.commit()
+        sqlite3.connect(memory).execute("CREATE TABLE looks_in_srgb (other INT)").connection.commit()
     assert len(look(folder)) == 3 == len(look(folder)) and len(opened) == 6
 
 
