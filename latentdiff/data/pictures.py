@@ -24,7 +24,8 @@ from ..utils.errors import RunStopped
 from ..utils.images import crop_box, open_decoded, resized
 from ..utils.randomness import fraction
 from . import emoji
-from .sources import Folder, Source, Table, metadata_files, picture_files
+from .folder import Folder
+from .sources import Source, Table
 from .survey import PICTURES
 from .tars import Tars, tar_files
 
@@ -121,7 +122,7 @@ def open_source(config: TrainConfig) -> Source:
     """
     folder = Path(config.train_data_dir or config.dataset_name)
     if folder.is_dir():
-        if any(True for found in (metadata_files(folder), picture_files(folder)) for _ in found):
+        if Folder.is_one(folder):
             return Folder(folder, config.caption_column)
         if tars := tar_files(folder):
             return Tars(tars, config.caption_column)

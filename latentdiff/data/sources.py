@@ -1,16 +1,14 @@
-"""Where one's own pictures come from: a folder, or a table that the `datasets` library reads. Nothing is decoded here.
+"""Where one's own pictures come from, and a table that the `datasets` library reads. Nothing is decoded here.
 
 A source has rows, each with a name, captions and the file behind the picture. What is wrong with a row is kept as its
 problem and ends nothing.
 """
 
-import csv
 import io
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import pyarrow as pa
@@ -18,8 +16,6 @@ import pyarrow.compute as pc
 
 from ..config.train import TrainConfig
 from ..utils.errors import ConfigError, first_line
-from ..utils.images import SUFFIXES
-from ..utils.text import Lines, NotText, decoded, lines
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,7 @@ class Row:
         problem: why it cannot be used, where that is known without opening its file.
         place: where the file is, as plain JSON; what the source's `open` takes.
         stamp: tells without opening it whether the file is the one that was seen before; None where nothing does.
+        is_picture: whether a picture is lost with it, where it has a problem.
     """
 
     name: str
@@ -38,6 +35,7 @@ class Row:
     problem: str | None = None
     place: object = None
     stamp: str | None = None
+    is_picture: bool = True
 
 
 class Source(Protocol):
@@ -64,141 +62,6 @@ def clean(captions: object) -> list[str]:
     # JSON can hold halves of characters, which no tokenizer takes.
     whole = (caption.encode("utf-8", "replace").decode() for caption in said if isinstance(caption, str))
     return [caption for caption in whole if caption.strip()]
-
-
-# ------------------------------------------------------------------------------------------------------- a folder
-
-
-class Folder:
-    """Pictures in a folder and its subfolders, sorted by name, with captions from `metadata.jsonl`, `metadata.csv` or
-    a .txt file beside each, one caption a line.
-
-    A line of the metadata holds `file_name`, relative to the metadata's own folder, and the caption column: a text, or
-    in jsonl a list of texts. A name that leads out of the data folder is refused.
-
-    Args:
-        folder: where the pictures are.
-        caption_column: the column or key of the captions.
-
-    Raises:
-        ConfigError: no picture has a caption of any kind.
-    """
-
-    def __init__(self, folder: Path, caption_column: str):
-        self._folder, self._caption_column = folder, caption_column
-
-    def rows(self) -> Iterator[Row]:
-        folder, caption_column = self._folder, self._caption_column
-        rows: dict[str, Row] = {}
-        columns: set[str] = set()
-        for metadata in metadata_files(folder):
-            inside = PurePosixPath(metadata.parent.relative_to(folder).as_posix())
-            for where, record, problem in _records(metadata):
-                row = _row(folder, inside, where, record, problem, caption_column)
-                if earlier := rows.get(row.name):  # another line for the same picture
-                    row = replace(row, captions=earlier.captions + row.captions, problem=earlier.problem or row.problem)
-                rows[row.name] = row
-                columns |= {key for key in record if key} if isinstance(record, dict) else set()
-        if columns and caption_column not in columns:
-            raise ConfigError(
-                f"caption_column: no {caption_column!r} in the metadata of {str(folder)!r}; it has "
-                f"{', '.join(map(repr, sorted(columns)))}"
-            )
-        for path in picture_files(folder):
-            name = path.relative_to(folder).as_posix()
-            if name not in rows:
-                rows[name] = Row(name, *_captions_beside(path))
-        if not any(row.captions for row in rows.values()):
-            raise ConfigError(
-                f"train_data_dir: no captions in {str(folder)!r}: a metadata.jsonl or metadata.csv names each picture "
-                "and its text, or a .txt file stands beside it"
-            )
-        for name in sorted(rows):
-            row = rows[name]
-            yield row if row.problem else replace(row, place=name, stamp=stamp_of(folder / name))
-
-    def open(self, place: str) -> Path:
-        return self._folder / place
-
-
-def metadata_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for name in ("metadata.jsonl", "metadata.csv") for path in folder.rglob(name))
-
-
-def picture_files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def _records(metadata: Path) -> Iterator[tuple[str, object, str | None]]:
-    """(name of the line, its values, what is wrong with it)."""
-    with open(metadata, "rb") as stream:
-        some = Lines(stream)
-        if metadata.suffix == ".csv":
-            yield from _csv_records(metadata, some)
-            return
-        for number, line in enumerate(some, start=1):
-            if line.strip() or some.problem:
-                record, problem = None, some.problem
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    problem = problem or f"it is no JSON ({error})"
-                yield f"{metadata.name}, line {number}", record, problem
-                some.problem = None
-
-
-def _csv_records(metadata: Path, some: Lines) -> Iterator[tuple[str, dict | None, str | None]]:
-    reader = csv.DictReader(iter(some))
-    if reader.fieldnames and some.problem:  # the header's, not its first record's
-        yield f"{metadata.name}, line 1", None, some.problem
-        if "file_name" not in reader.fieldnames:
-            return
-        some.problem = None
-    while True:
-        record, problem = None, None
-        try:
-            record = next(reader)
-        except StopIteration:
-            if not some.problem:
-                return
-        except csv.Error as error:
-            problem = f"it is no CSV ({error})"
-        yield f"{metadata.name}, line {reader.line_num}", record, some.problem or problem
-        some.problem = None
-
-
-def _row(
-    folder: Path, inside: PurePosixPath, where: str, record: object, problem: str | None, caption_column: str
-) -> Row:
-    at = (inside / where).as_posix()
-    if not isinstance(record, dict):
-        return Row(at, problem=problem or "it is no JSON object")
-    name = record.get("file_name")
-    if not isinstance(name, str) or not name:
-        return Row(at, problem=problem or "it has no file_name")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
-        return Row(f"{at}: {name}", problem="it leads out of the data folder")
-    name = (inside / path).as_posix()
-    try:
-        if not (folder / name).is_file():
-            return Row(name, problem="there is no such file")
-    except OSError as error:  # a name that no file can have
-        return Row(at, problem=f"there is no such file ({error.strerror})")
-    if problem:
-        return Row(name, problem=f"{at}: {problem}")
-    return Row(name, clean(record.get(caption_column)))
-
-
-def _captions_beside(picture: Path) -> tuple[list[str], str | None]:
-    """The captions, and what is wrong with them."""
-    text = picture.with_suffix(".txt")
-    if not text.is_file():
-        return [], None
-    try:
-        return clean(lines(decoded(text.read_bytes()))), None
-    except (OSError, NotText) as error:
-        return [], f"{text.name}: {first_line(error)}"
 
 
 # -------------------------------------------------------------------------------------------------------- a table

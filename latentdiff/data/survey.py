@@ -12,7 +12,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PICTURES, REJECTED = "pictures.jsonl", "rejected.jsonl"
 _CHUNK = 1024  # rows looked at together
+_WAIT = 5.0  # seconds for another run to write what it has seen, which takes it milliseconds
 _COMPLAINTS = 5  # how many are said one by one
 _LOOKS = "looks_in_srgb"  # "looks", of version 0.1.0, does not say which pictures are converted
 
@@ -69,10 +70,14 @@ def survey(config: TrainConfig, source: Source, memory: Path) -> None:
     folder = Path(config.output_dir)
     aside = folder / f".{PICTURES}-{PartialState().process_index}"  # the next run writes over what a killed one left
     rejected: list[Rejected] = []
+    others: list[Rejected] = []
     count = used = trained = complaints = 0
     try:
         with open(aside, "w", encoding="ascii") as lines:
             for row, look in _looked_at(islice(source.rows(), config.max_train_samples), source, memory):
+                if row.problem and not row.is_picture:
+                    others.append(Rejected(row.name, row.problem))
+                    continue
                 count += 1
                 if problem := row.problem or (None if row.captions else "its caption is missing") or look.problem:
                     rejected.append(Rejected(row.name, problem))
@@ -85,7 +90,7 @@ def survey(config: TrainConfig, source: Source, memory: Path) -> None:
                 used, trained = used + 1, trained + (not held_out)
         if complaints > _COMPLAINTS:
             logger.warning("%d more pictures have such a profile", complaints - _COMPLAINTS)
-        _report(rejected, count, config)
+        _report(rejected, others, count, config)
         if not trained:
             raise ConfigError(
                 f"no picture is left to train on: {count} read, {len(rejected)} rejected, {used} held out"
@@ -93,6 +98,13 @@ def survey(config: TrainConfig, source: Source, memory: Path) -> None:
         move_into_place(aside, folder / PICTURES)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def left_out(folder: Path) -> list[Rejected]:
+    """What the last `survey` of a run with this output folder left out."""
+    path = folder / REJECTED
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [Rejected(**json.loads(line)) for line in lines]
 
 
 def _line(row: Row, look: Look, held_out: bool) -> dict:
@@ -108,21 +120,22 @@ def _line(row: Row, look: Look, held_out: bool) -> dict:
     }
 
 
-def _report(rejected: list[Rejected], count: int, config: TrainConfig) -> None:
+def _report(rejected: list[Rejected], others: list[Rejected], count: int, config: TrainConfig) -> None:
+    """Write and say what is left out; `others` are no pictures, and may be any number."""
     path = Path(config.output_dir) / REJECTED
-    if not rejected:
+    if not rejected and not others:
         path.unlink(missing_ok=True)  # an earlier run's
         return
-    lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejected)
+    lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejected + others)
     path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a file's name need not be text
-    first = f"{rejected[0].file}: {rejected[0].reason}"
+    first = "the first is {0.file}: {0.reason}; all are in {1}".format((rejected + others)[0], path)
     if len(rejected) > config.max_rejected_fraction * count:
         raise ConfigError(
             f"{len(rejected)} of {count} pictures cannot be used, more than max_rejected_fraction = "
-            f"{config.max_rejected_fraction}; the first is {first}; all are in {path}"
+            f"{config.max_rejected_fraction}; {first}"
         )
-    said = len(rejected), count, printable(first), printable(path)
-    logger.warning("%d of %d pictures are left out; the first is %s; all are in %s", *said)
+    more = f", and {len(others)} other file{'s' * (len(others) > 1)}" if others else ""
+    logger.warning("%d of %d pictures are left out%s; %s", len(rejected), count, more, printable(first))
 
 
 def _looked_at(rows: Iterable[Row], source: Source, memory: Path) -> Iterator[tuple[Row, Look]]:
@@ -160,15 +173,15 @@ def _look(source: Source, row: Row) -> Look:
 class _Memory:
     """What was seen of each usable file, by its stamp, in an SQLite file that runs share.
 
-    It only saves time: where it cannot be read or written, everything is looked at again. So is what could not be used,
-    since a disk may have failed rather than the picture.
+    It only saves time: where it cannot be read or written, that is said once, and everything is looked at again. So is
+    what could not be used, since a disk may have failed rather than the picture.
     """
 
     def __init__(self, path: Path):
-        self._file: sqlite3.Connection | None = None
-        with suppress(sqlite3.Error, OSError):
+        self._path, self._file = path, None
+        with self._or_without():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, timeout=60)
+            self._file = sqlite3.connect(path, timeout=_WAIT)
             self._file.execute(
                 f"CREATE TABLE IF NOT EXISTS {_LOOKS} (stamp BLOB PRIMARY KEY, sha256 TEXT, width INT, height INT, "
                 "converted INT, complaint TEXT) WITHOUT ROWID"
@@ -177,7 +190,7 @@ class _Memory:
     def recall(self, rows: Iterable[Row]) -> dict[str, Look]:
         """What is known, by stamp."""
         known = {}
-        with suppress(sqlite3.Error):
+        with self._or_without():
             for row in rows if self._file else ():
                 query = f"SELECT sha256, width, height, converted, complaint FROM {_LOOKS} WHERE stamp = ?"
                 if row.stamp and (found := self._file.execute(query, (_digest(row.stamp),)).fetchone()):
@@ -191,10 +204,20 @@ class _Memory:
             for row, look in zip(rows, looks, strict=True)
             if row.stamp and not look.problem
         ]
-        with suppress(sqlite3.Error):
+        with self._or_without():
             if seen and self._file:
                 with self._file:
                     self._file.executemany(f"INSERT OR REPLACE INTO {_LOOKS} VALUES (?, ?, ?, ?, ?, ?)", seen)
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """Give it up at the first thing that goes wrong: each further try could wait as long."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self._file = None
+            what = "which remembers the pictures that were looked at, is not used"
+            logger.warning("%s, %s (%s): the next start looks at them again", self._path, what, first_line(error))
 
 
 def _digest(stamp: str) -> bytes:

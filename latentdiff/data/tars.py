@@ -21,6 +21,7 @@ from ..utils.errors import ConfigError
 from ..utils.images import SUFFIXES
 from ..utils.text import decoded, lines
 from .sources import Row, clean, stamp_of
+from .walk import UNREAD, is_clutter, why_unread
 
 _PICTURES = {suffix[1:] for suffix in SUFFIXES}
 _PICTURE = "image/*"  # what no extension is
@@ -39,7 +40,10 @@ _MAX_PICTURE = 1 << 30  # more than the pixels that Pillow agrees to decode take
 
 def tar_files(folder: Path) -> list[Path]:
     """The tars of a folder by name, compressed ones too, which `Tars` refuses rather than leaves out."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith((".tar", *_COMPRESSED)) and path.is_file())
+    kinds = (".tar", *_COMPRESSED)
+    return sorted(
+        path for path in folder.iterdir() if path.name.endswith(kinds) and path.is_file() and path.name[0] != "."
+    )
 
 
 class Tars:
@@ -92,10 +96,11 @@ class Tars:
     def _row(self, tar: "_Tar", key: str, members: "Iterable[_Member]") -> Row:
         """One sample. However many members share the key, only those that count are kept."""
         found: dict[str, _Member] = {}
-        texts, problem = {}, None
+        texts, problem, unread = {}, None, ""
         for member in members:
             wrong = member.problem
             kind = _PICTURE if member.extension in _PICTURES else member.extension
+            unread = unread or (kind if f".{kind}" in UNREAD else "")
             if kind in found:
                 wrong = f"it has two of a kind, {found[kind].name} and {member.name}"
             elif kind in _CAPTIONS and not wrong:
@@ -105,7 +110,8 @@ class Tars:
             problem = problem or wrong
         captions, missing = self._captions(texts)
         picture = found.get(_PICTURE)
-        problem = problem or (missing if picture else f"it has no picture{_APART}")
+        none = why_unread(f".{unread}") if unread else f"it has no picture{_APART}"
+        problem = problem or (missing if picture else none)
         name = "/".join(filter(None, (tar.path.name, (picture.name if picture else key).removeprefix("./"))))
         if problem:
             return Row(name, captions, problem)
@@ -224,12 +230,15 @@ def _why_broken(tar: _Tar, at: int, error: Exception) -> str:
 
 
 def _member(header: tarfile.TarInfo, tar_size: int) -> _Member | None:
-    """A member with its key, extension and what is wrong with it. None is a folder or a file of no sample."""
+    """A member with its key, extension and what is wrong with it. None is a folder or a file of no sample, such as what
+    systems and programs leave in folders."""
     folder, slash, file = header.name.rpartition("/")
     stem, _, extension = file.partition(".")
     extension = extension.lower()
     problem = _refusal(header, file, extension, tar_size)
     if header.isdir() or not (problem or (stem and extension)) or re.match(r"__[^/]*__(/|$)", header.name):
+        return None
+    if any(is_clutter(part) for part in header.name.split("/") if part not in (".", "..")):
         return None
     return _Member(folder + slash + stem or file, problem, header.name, extension, header.offset_data, header.size)
 

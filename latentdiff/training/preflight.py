@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ..config.commands import Check
 from ..config.train import TrainConfig
 from ..data.pictures import CaptionedPictures
+from ..data.survey import REJECTED, left_out
 from ..models.latents import encode_moments, psnr, to_pixels
 from ..models.loading import hide_loading_bars
 from ..models.parts import FrozenParts, trained_model
@@ -71,6 +73,7 @@ def check(command: Check, say: Callable[[str], None] = print) -> bool:
     objective = objective_of(config)
     objective.prepare(accelerator, scheduler, unet, data.hidden_states, optimizer_steps(config, data.batches))
     findings = chain(
+        _left_out(config),
         first_look(config, parts, unet, data),
         _vae(parts.vae, data.pictures, accelerator.device),
         _steps(config, accelerator, model, optimizer, objective, data),
@@ -81,6 +84,15 @@ def check(command: Check, say: Callable[[str], None] = print) -> bool:
         warnings += finding.is_warning
     say("ready to train" if not warnings else f"it can train; {warnings} warning{'s' * (warnings > 1)} above")
     return not warnings
+
+
+def _left_out(config: TrainConfig) -> Iterator[Finding]:
+    """A run says this as it looks at the pictures."""
+    folder = Path(config.output_dir)
+    if not config.uses_emoji and (rejected := left_out(folder)):
+        first = f"{_short(rejected[0].file)}: {rejected[0].reason}"
+        count = f"{len(rejected):,} files are" if len(rejected) > 1 else "one file is"
+        yield Finding(f"left out: {count} not used; the first is {first}; all are in {folder / REJECTED}", True)
 
 
 def say_first_look(config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionModel, data: Data) -> None:

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from latentdiff.config.train import TrainConfig
+from latentdiff.data.folder import Folder
 from latentdiff.data.pictures import open_source
-from latentdiff.data.sources import Folder, Table
+from latentdiff.data.sources import Table
 from latentdiff.utils.errors import ConfigError
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from PIL import Image
 
 from latentdiff.config.train import TrainConfig
 from latentdiff.data import survey as module
+from latentdiff.data.folder import Folder
 from latentdiff.data.pictures import open_source
-from latentdiff.data.sources import Folder
 from latentdiff.data.survey import survey
 from latentdiff.utils.errors import ConfigError
 
@@ -130,6 +131,60 @@ def test_two_runs_at_the_same_time(folder, later):
         other.execute("BEGIN IMMEDIATE")
         assert len(look(folder)) == 3
         other.rollback()
+
+
+def test_a_memory_that_stays_locked_is_given_up_once(folder, opened, later, monkeypatch, caplog):
+    """Each thousand pictures would wait a minute for it, and then another: hours before a run starts."""
+    memory = folder.parent / "cache" / "seen.sqlite"
+    memory.parent.mkdir()
+    monkeypatch.setattr(module, "_WAIT", 0.2)
+    monkeypatch.setattr(module, "_CHUNK", 1)
+    real, waits = sqlite3.connect, []
+
+    class Counted(sqlite3.Connection):
+        def execute(self, *arguments):
+            waits.append(arguments)
+            return super().execute(*arguments)
+
+    other = real(memory)
+    for lock in ("EXCLUSIVE", "IMMEDIATE"):
+        other.execute("CREATE TABLE IF NOT EXISTS other (x INT)")
+        other.execute(f"BEGIN {lock}")
+        caplog.clear()
+        monkeypatch.setattr(sqlite3, "connect", lambda *a, **options: real(*a, factory=Counted, **options))
+        started = time.perf_counter()
+        assert len(look(folder)) == 3
+        other.rollback()
+        (record,) = caplog.records
+        assert "seen.sqlite" in record.getMessage() and "database is locked" in record.getMessage()
+        assert time.perf_counter() - started < 10 and len(waits) == 1
+        waits.clear()
+    other.close()
+    caplog.clear()
+    assert len(look(folder)) == 3 and not caplog.records
+
+
+@pytest.mark.parametrize("how_many", [1, 7])
+def test_broken_profiles_are_said_and_not_by_the_thousand(folder, caplog, how_many):
+    """A camera that writes them would fill the screen."""
+    for number in range(how_many):
+        Image.new("RGB", (8, 8)).save(folder / f"odd{number}.png", icc_profile=b"broken")
+        (folder / f"odd{number}.txt").write_text("odd")
+    look(folder)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == min(how_many, 6) and "odd0.png: its colour profile is ignored" in said[0]
+    assert how_many < 6 or said[-1] == "2 more pictures have such a profile"
+
+
+def test_captions_without_a_picture_stop_nothing_and_are_named(folder, caplog):
+    """A note among twenty pictures would stop the run, or a caption whose picture was lost be lost in silence."""
+    (folder / "lost.txt").write_text("a lost cat")
+    (folder / "README.txt").write_text("about")
+    assert len(look(folder, max_train_samples=3)) == 3 == len(look(folder))
+    (line,) = (folder.parent / "run" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"file": "lost.txt", "reason": "there is no picture beside this caption"}
+    assert "0 of 3 pictures are left out, and 1 other file; the first is lost.txt" in caplog.text
+    assert module.left_out(folder.parent / "run") == [module.Rejected(**json.loads(line))]
 
 
 def test_a_survey_that_fails_leaves_the_earlier_list(folder, later):

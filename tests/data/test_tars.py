@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 import tracemalloc
 
@@ -139,6 +140,17 @@ def test_what_macos_adds_is_no_sample(tmp_path):
     assert rows(path) == {"a.tar/in/1.png": (["fine"], None)}
 
 
+@pytest.mark.parametrize(
+    "name", [".ipynb_checkpoints/0", "in/.hidden/0", "in/__MACOSX/0", "@eaDir/0", "./.git/0", "in/@eaDir/1"]
+)
+def test_what_systems_and_programs_leave_is_no_sample(tmp_path, name):
+    """An old state of a picture would be trained."""
+    path = shard(tmp_path / "a.tar", [*sample("./in/1"), *sample(name, "old"), *sample("2")])
+    assert list(rows(path)) == ["a.tar/in/1.png", "a.tar/2.png"]
+    shutil.copy(path, tmp_path / "._a.tar")
+    assert tar_files(tmp_path) == [path]
+
+
 @pytest.mark.parametrize("how", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_names_and_any_script(tmp_path, how):
     name = "папка/" + "長" * 300
@@ -166,6 +178,7 @@ def test_which_files_are_tars(tmp_path):
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
+        ({"jxl": b"x", "txt": b"x"}, ".jxl is no kind of picture that is read here"),
         ({"txt": b"x"}, "no picture; the members of a sample stand together"),
         ({"v2.png": picture(), "txt": b"x"}, "no picture"),
         ({"picture": picture(), "txt": b"x"}, "no picture"),

@@ -58,6 +58,20 @@ def test_everything_is_looked_at_and_only_the_list_of_it_is_left(settings, tmp_p
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["pictures.jsonl"]
 
 
+def test_what_is_left_out_is_named(settings, tmp_path, monkeypatch):
+    """ "Ready to train" would be said of a folder whose pictures lie there unread."""
+    monkeypatch.setattr(preflight, "POOR_PSNR", 0.0)
+    (tmp_path / "pics" / "photo.jxl").write_bytes(b"x")
+    (tmp_path / "pics" / "photo.txt").write_text("a photo")
+    (tmp_path / "pics" / "lost.txt").write_text("a lost one")
+    lines = said(settings, max_rejected_fraction=0.5)
+    found = line(lines, "left out")
+    assert found.startswith(
+        "warning: left out: 2 files are not used; the first is photo.jxl: .jxl is no kind of picture"
+    )
+    assert lines[-1] == "it can train; 1 warning above" and "rejected.jsonl" in found
+
+
 def test_inpainting_is_timed_with_its_masks(settings, monkeypatch):
     """The check would time another step than the run's, or refuse a run that trains."""
     monkeypatch.setattr(preflight, "POOR_PSNR", 0.0)
