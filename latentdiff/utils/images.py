@@ -1,7 +1,9 @@
 """One picture: opened whatever it is, turned upright, in sRGB, put on white, cropped and brought to size."""
 
+import importlib
 import logging
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -12,8 +14,12 @@ from .colours import to_srgb
 logger = logging.getLogger(__name__)
 
 # Pictures of pixels, whatever a file calls itself. Not EPS, which Pillow would hand to Ghostscript to run.
-_PIXELS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_PIXELS = (
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"
+)  # fmt: skip
 Image.init()  # Pillow registers most of its formats only when it is asked to
+with suppress(ImportError):  # telephones' HEIC, with the extra `heic`; asked for at run time: diffusers does without
+    importlib.import_module("pillow_heif").register_heif_opener()
 FORMATS = tuple(kind for kind in _PIXELS if kind in Image.OPEN)  # MPO is opened as JPEG
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _PIXELS)
 

@@ -5,8 +5,10 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import unicodedata
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +17,7 @@ from latentdiff.data.folder import Folder
 from latentdiff.data.pictures import open_source
 from latentdiff.data.walk import walk
 from latentdiff.utils.errors import ConfigError
+from latentdiff.utils.images import open_upright
 
 
 def captioned(folder, *names: str):
@@ -141,6 +144,33 @@ def test_a_kind_that_is_not_read_is_named(tmp_path, suffix, named_by):
     assert found.pop("0.png") == (["0.png"], None)
     assert found == {f"photo{suffix}": ([], f"{suffix.lower()} is no kind of picture that is read here; save it as PNG,"
                                             " JPEG or WebP")}  # fmt: skip
+
+
+def test_heic(tmp_path):
+    """The pictures of most telephones would be lost, or lie on their side."""
+    shades = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # EXIF 2.3: to be turned clockwise
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.fromarray(shades)).save(tmp_path / "a.heic", quality=-1, exif=exif.tobytes())
+    (tmp_path / "a.txt").write_text("a cat")
+    assert rows(tmp_path) == {"a.heic": (["a cat"], None)}
+    shown = np.asarray(open_upright(tmp_path / "a.heic"), dtype=int)
+    assert shown.shape == (48, 32, 3) and np.abs(shown - np.rot90(shades, -1)).max() <= 3
+
+
+def test_heic_without_its_library_says_what_to_install(tmp_path):
+    """Nobody would guess which of the libraries for it is asked for."""
+    (tmp_path / "a.HEIC").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("a cat")
+    code = (
+        "import sys; sys.modules['pillow_heif'] = None\n"
+        "from pathlib import Path; from latentdiff.data.folder import Folder\n"
+        "try: list(Folder(Path(sys.argv[1]), 'text').rows())\n"
+        "except Exception as error: print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
+    assert "a.HEIC: .heic is read where pillow-heif is installed (pip install 'latentdiff[heic]')" in said
 
 
 def test_what_a_picture_was_made_of_is_no_loss(tmp_path):
