@@ -56,9 +56,9 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 
 
 def pushed_files(folder: Path, ema_snapshots: bool = False) -> list[str]:
-    """What of a saved folder belongs to the model, as paths in it: its parts, code, card and the pictures on that.
+    """What of a saved folder belongs to the model, as paths in it: its parts, code, card and the pictures on it.
 
-    Whatever else lies there stays at home: checkpoints, caches, logs, lists of pictures, settings, other people's files.
+    Whatever else lies there stays at home: checkpoints, caches, logs, lists of pictures, settings, others' files.
     """
     index = folder / "model_index.json"
     parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
