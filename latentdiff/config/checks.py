@@ -1,5 +1,6 @@
 """The checks that refuse what makes no sense, each with one line that names the setting."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,8 @@ def check(config: Settings) -> None:
         _check_lora(config)
     if config.ema_sigma_rel or config.ema_snapshot_steps is not None:
         _check_power_ema(config)
+    if config.overwrite_output_dir and config.resume_from_checkpoint is not None:
+        raise ConfigError("overwrite_output_dir: begins anew, and resume_from_checkpoint goes on: give one of them")
     if config.hub_model_id and not config.push_to_hub:
         raise ConfigError("hub_model_id: has no effect without --push_to_hub")
 
@@ -172,6 +175,11 @@ def _check_types(config: Settings) -> None:
     """The command line checks its own values; those of a file or of a program are checked here."""
     for name, kind in get_type_hints(type(config)).items():
         value, choices = getattr(config, name), get_args(kind)
+        if any(
+            isinstance(one, float) and not math.isfinite(one)
+            for one in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise ConfigError(f"{name}: {value} is not finite")
         if not _is_a(value, kind):
             may_be = ", ".join(map(repr, choices)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
             raise ConfigError(f"{name}: {value!r} is not what it may be: {may_be}")

@@ -86,9 +86,11 @@ def read_config(path: str) -> dict:
         ConfigError: the file is missing or holds a setting that does not exist.
     """
     try:
-        values = yaml.safe_load(decoded(Path(path).read_bytes())) or {}
-    except (OSError, NotText, yaml.YAMLError) as error:
+        values = yaml.safe_load(decoded(Path(path).read_bytes()))
+    except (OSError, NotText, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config: {path!r} cannot be read ({first_line(error)})") from None
+    if not values:
+        raise ConfigError(f"config: {path!r} is empty: it would say nothing of the run that it is to start")
     known = get_type_hints(TrainConfig)
     if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):
         what = f"has no setting named {unknown[0]!r}" if isinstance(values, dict) else "is no list of settings"

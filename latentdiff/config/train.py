@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from ..utils.files import packaged_checkpoint
+from ..utils.files import packaged_checkpoint, write_whole
 from .checks import check
 
 
@@ -193,7 +193,9 @@ class TrainConfig:
     checkpoints_total_limit: int | None = 2
     """How many checkpoints are kept."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint's step or path, or "latest"."""
+    """A checkpoint's step or path, or "latest", which is that of the run that the folder is of."""
+    overwrite_output_dir: bool = False
+    """Begin anew in a folder that holds another run, whose checkpoints go when this one has its first."""
     validation_prompts: tuple[str, ...] = ("a cat", "a red apple", "a rocket", "a house on a light blue background")
     """Drawn at each validation under the averaged weights, always from the same noise. With task inpaint, pictures of
     the data are inpainted instead."""
@@ -229,7 +231,11 @@ class TrainConfig:
         """Pictures per optimizer step on one process."""
         return self.train_batch_size * self.gradient_accumulation_steps
 
-    def save(self, path: Path) -> None:
-        """Write every setting as YAML; `--config PATH` starts the same run again."""
+    def to_yaml(self) -> str:
+        """Every setting; in a file, `--config PATH` starts the same run again."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        return yaml.safe_dump(plain, sort_keys=False)
+
+    def save(self, path: Path) -> None:
+        """Write `to_yaml`, whole or not at all."""
+        write_whole(path, self.to_yaml().encode())

@@ -55,7 +55,10 @@ def main() -> None:
     draw(checkpoint, PROMPTS, shipped)
     print("2. Training a small UNet from scratch on a part of the emoji", flush=True)
     script = Path(__file__).resolve().parents[2] / "train_text2img.py"
-    subprocess.run([sys.executable, str(script), "--preset", "demo", "--output_dir", str(run)], check=True)
+    subprocess.run(
+        [sys.executable, str(script), "--preset", "demo", "--output_dir", str(run), "--overwrite_output_dir"],
+        check=True,
+    )
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in lines if "held_out_loss" in line]
     print(

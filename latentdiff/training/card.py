@@ -15,6 +15,7 @@ from .tasks import task_of
 
 # Where files lay on the machine of the run says nothing to others.
 _OF_THE_MACHINE = {"output_dir", "cache_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"}
+_OF_THE_MACHINE |= {"overwrite_output_dir"}
 
 
 def training_command(settings: dict) -> str:

@@ -69,12 +69,12 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _seal(aside, {"step": step, "extra": extra or {}})
-            _remove(final)
+            remove_checkpoint(final)
             move_into_place(aside, final)
             if total_limit:
                 by_age = sorted(list_checkpoints(output_dir), key=lambda path: (step_of(path) <= step, step_of(path)))
                 for old in by_age[:-total_limit]:
-                    _remove(old)
+                    remove_checkpoint(old)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise  # not torch's way to say that it could not write
@@ -97,8 +97,8 @@ def _seal(folder: Path, state: dict) -> None:
     (folder / _DONE).write_text(json.dumps(state))
 
 
-def _remove(checkpoint: Path) -> None:
-    """So that a kill in between leaves nothing that looks like a checkpoint."""
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove one so that a kill in between leaves nothing that looks like a checkpoint."""
     if checkpoint.exists():
         aside = checkpoint.with_name(f"{_ASIDE}old-{checkpoint.name}")
         os.replace(checkpoint, aside)
@@ -188,22 +188,24 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def resolve_checkpoint(output_dir: str | Path, resume_from: str | None) -> Path | None:
+def resolve_checkpoint(output_dir: str | Path, resume_from: str | None, run: str | None = None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
         output_dir: the run's folder.
         resume_from: None, "latest" (the newest that is not damaged; None is returned where there is none: a run starts
             afresh), a step's number, the name of a checkpoint in `output_dir`, or a path.
+        run: whose latest is meant, where several have left theirs; those without a name are anybody's.
 
     Raises:
         ConfigError: it names a checkpoint that is not there, not whole or damaged, or all of them are damaged.
     """
     whole = list_checkpoints(output_dir)
-    if resume_from is None or (resume_from == "latest" and not whole):
+    if resume_from is None:
         return None
     if resume_from == "latest":
-        return _newest_undamaged(whole)
+        own = [path for path in whole if run is None or saved_extra(path).get("run") in (None, run)]
+        return _newest_undamaged(own) if own else None
     name = f"checkpoint-{resume_from}" if resume_from.isdigit() else resume_from
     for path in (Path(output_dir) / name, Path(name)):
         if _NAME.match(path.name) and (path / _DONE).exists():
@@ -233,5 +235,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
 
 
 def saved_extra(checkpoint: Path) -> dict:
-    """The plain values that `save_checkpoint` was given."""
-    return json.loads((checkpoint / _DONE).read_text()).get("extra", {})
+    """The plain values that `save_checkpoint` was given; none where they cannot be read (see `damage`)."""
+    try:
+        return json.loads((checkpoint / _DONE).read_text()).get("extra", {})
+    except (OSError, ValueError, AttributeError):
+        return {}

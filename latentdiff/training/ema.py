@@ -183,7 +183,8 @@ class EMASnapshots:
         self._widths = ema.widths if isinstance(ema, PowerEMAs) else []
         self._every = config.ema_snapshot_steps or snapshot_steps(total_steps)
         if accelerator.is_main_process:
-            _remove_later(self._folder, first_step)
+            if first_step:  # those of another run stay until this one has a checkpoint
+                _remove_later(self._folder, first_step)
             if self._widths:
                 self._folder.mkdir(exist_ok=True)
 

@@ -21,6 +21,7 @@ from .log import Progress, RunLog
 from .objectives import Objective
 from .optimizers import make_optimizer, make_weight_norm
 from .push import BackgroundPush
+from .run_folder import RunFolder
 from .setup import learning_rate_at
 from .stopping import DivergenceWatch, StopSignals
 
@@ -33,8 +34,8 @@ class Run:
 
     config: TrainConfig
     accelerator: Accelerator
-    checkpoint: Path | None
-    """What it goes on from."""
+    folder: RunFolder
+    """Where it is kept, and what it goes on from."""
     model: torch.nn.Module
     """What is trained, on the CPU."""
     objective: Objective
@@ -63,8 +64,9 @@ def train(run: Run) -> None:
     weight_norm = make_weight_norm(config, networks_of(bare)["unet"], is_zero=is_zero(accelerator))
     ema = make_ema(config, bare)
     save_weights_as_diffusers_does(accelerator, bare, ema)
-    first_step = load_checkpoint(accelerator, run.checkpoint) if run.checkpoint else 0
-    carried = saved_extra(run.checkpoint) if run.checkpoint else {}
+    first_step, carried = 0, {}
+    if checkpoint := run.folder.checkpoint:
+        first_step, carried = load_checkpoint(accelerator, checkpoint), saved_extra(checkpoint)
     snapshots = EMASnapshots(config, accelerator, ema, first_step, run.total_steps)
     log = RunLog(config, accelerator, first_step)
     validation = run.validation(ema, log)
@@ -95,9 +97,10 @@ def train(run: Run) -> None:
                 snapshots.write(bare, done)
             if saves:  # after validation and snapshots: a run killed between the two would go on without them
                 extra = {"losses": progress.pending, "skipped_steps": watch.skipped_steps}
-                extra |= {"optimizer": config.optimizer, "ema_sigma_rel": config.ema_sigma_rel}
+                extra |= {"optimizer": config.optimizer, "ema_sigma_rel": config.ema_sigma_rel, "run": run.folder.run}
                 output_dir = Path(config.output_dir)
                 saved = save_checkpoint(accelerator, output_dir, done, config.checkpoints_total_limit, extra)
+                run.folder.settled()
                 if run.pushes and done < run.total_steps:
                     run.pushes.start(saved, done)
             if stops:
@@ -105,6 +108,7 @@ def train(run: Run) -> None:
     if run.pushes:
         run.pushes.wait()
     run.finish(bare, ema)
+    run.folder.settled()
 
 
 def take_step(

@@ -27,30 +27,27 @@ from .objectives import objective_of
 from .tasks import task_of
 
 
-def start(config: TrainConfig) -> tuple[Accelerator, Path]:
-    """The accelerator and the output folder, with the run's whole configuration in it.
+def start(config: TrainConfig) -> Accelerator:
+    """The accelerator, with the output folder made.
 
     Raises:
         ConfigError: the folder cannot be written, or the tracker is unknown.
     """
     hide_loading_bars()
-    output_dir = make_output_dir(config, lambda folder: config.save(folder / "train_config.yaml"))
-    return make_accelerator(config), output_dir
+    make_output_dir(config)
+    return make_accelerator(config)
 
 
-def make_output_dir(config: TrainConfig, write: Callable[[Path], None] = lambda folder: None) -> Path:
-    """The output folder, created if need be, with what `write` puts into it.
+def make_output_dir(config: TrainConfig) -> None:
+    """Create the output folder if need be.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be.
     """
-    output_dir = Path(config.output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write(output_dir)
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({error.strerror})") from None
-    return output_dir
+        raise ConfigError(f"output_dir: {config.output_dir!r} cannot be written ({first_line(error)})") from None
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
