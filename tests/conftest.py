@@ -99,13 +99,14 @@ def settings(tiny_pipeline_folder, pictures, tmp_path) -> dict:
 
 @pytest.fixture
 def train(script, settings, fresh_accelerate):
-    """Run the script in this process with changed settings; returns the output folder."""
+    """Run the script in this process with changed settings, over what the folder holds; returns the output folder."""
     from latentdiff.config.train import TrainConfig
 
     def run(**changes) -> Path:
         reset_accelerate()
         torch.manual_seed(torch.seed())  # nothing may hang on the global generator
-        config = TrainConfig(**{**settings, **changes})
+        begins = {"overwrite_output_dir": changes.get("resume_from_checkpoint") is None}
+        config = TrainConfig(**{**settings, **begins, **changes})
         script.main(config)
         return Path(config.output_dir)
 

@@ -67,7 +67,7 @@ class RunFolder:
         self._lock.release()
 
     def settled(self) -> None:
-        """This run has a checkpoint, or is finished: what another one left is removed, if this one has not replaced it."""
+        """This run has a checkpoint, or is finished: what another one left, and it has not replaced, is removed."""
         for path, written in self._others.items():
             if path.exists() and path.stat().st_mtime_ns == written:
                 remove_checkpoint(path) if path.is_dir() else path.unlink()
