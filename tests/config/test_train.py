@@ -146,6 +146,11 @@ def test_settings_are_frozen():
         ("mixed_precision: fp8\n", "'no', 'fp16', 'bf16'"),
         ("max_train_steps: many\n", "max_train_steps: 'many'"),
         ("train_data_dir: /no/such\n", "/no/such"),
+        ("learning_rate: .nan\n", "learning_rate: nan is not finite"),
+        ("consistency_guidance: [1.0, .inf]\n", "is not finite"),
+        ("seed: \x00\n", "cannot be read"),
+        ("[" * 5000, "cannot be read"),
+        ("", "is empty"),
     ],
 )
 def test_a_wrong_file_is_one_line(capsys, tmp_path, text, said):
