@@ -235,7 +235,8 @@ class Redraw:
     device: str | None = None
     """As torch names it; by default cuda where there is one, else cpu."""
     anyway: bool = False
-    """Draw also where the checkpoint, an input or the version is another one than in the recipe."""
+    """Draw also where the checkpoint, an input or the version is another one than in the recipe, or where that asks for
+    far more than the checkpoint is made for."""
     overwrite: bool = False
     """Replace the output if it is there."""
 
