@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from forked import Forked
 from hub_server import TOKEN
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
@@ -91,7 +92,7 @@ def stress(folder: Path, model: Path, pictures: Path, hub, *, kills: int, kills_
     return same, done
 
 
-def start(output: Path, model: Path, pictures: Path, repo: str) -> subprocess.Popen:
+def start(output: Path, model: Path, pictures: Path, repo: str) -> Forked:
     settings = {
         "pretrained_model_name_or_path": model, "unet": "pretrained", "train_data_dir": pictures, "output_dir": output,
         "cache_dir": f"{output}-cache", "train_batch_size": 4, "max_train_steps": STEPS, "learning_rate": 1e-3,
@@ -101,16 +102,13 @@ def start(output: Path, model: Path, pictures: Path, repo: str) -> subprocess.Po
         "resume_from_checkpoint": "latest",
     }  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    with open(f"{output}.log", "a") as log:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-        environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, SCRIPT, *flags, *AVERAGES, "--random_flip", "--push_to_hub"],
-            stdout=log, stderr=log, env=environment, start_new_session=True,
-        )  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    words = [SCRIPT, *flags, *AVERAGES, "--random_flip", "--push_to_hub"]
+    return Forked(words, env=environment, output=f"{output}.log")
 
 
-def wait_for_life(output: Path, process: subprocess.Popen) -> float:
+def wait_for_life(output: Path, process: Forked) -> float:
     """Until the imports are done and the run has written its settings anew; the time then."""
     path = output / "train_config.yaml"
     before = path.stat().st_mtime_ns if path.exists() else None

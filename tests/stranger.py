@@ -1,12 +1,13 @@
 """Someone with diffusers but without latentdiff, in a process of their own, and the picture that they draw."""
 
-import os
-import subprocess
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+
+from forked import Forked, hf_home
 
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 MASK = torch.zeros(1, 1, 16, 16).index_fill(3, torch.arange(8), 1.0)  # the left half
@@ -19,53 +20,45 @@ CALLS = {
     "invert": ("LatentDiffInversionPipeline", {"image": PICTURE, "source_prompt": "a dog"}),
 }
 
-_CODE = """
-import sys
 
-class NoLatentdiff:
+class _NoLatentdiff:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "latentdiff":
             raise ImportError("latentdiff is not installed here")
 
-sys.meta_path.insert(0, NoLatentdiff())
-source, pipeline, picture, then, tests = sys.argv[1:]
-sys.path.append(tests)
 
-import torch
-from diffusers import DiffusionPipeline
-from stranger import CALLS
+def _load(source: str, pipeline: str):
+    from diffusers import DiffusionPipeline
 
-class_name, arguments = CALLS[pipeline]
-
-def load(source):
     custom = source if pipeline == "pipeline" else pipeline
     pipe = DiffusionPipeline.from_pretrained(source, custom_pipeline=custom, trust_remote_code=True)
-    assert type(pipe).__name__ == class_name, type(pipe)
+    assert type(pipe).__name__ == CALLS[pipeline][0], type(pipe)
     assert type(pipe.scheduler).__module__.startswith("diffusers_modules"), type(pipe.scheduler)
     return pipe
 
-pipe = load(source)
-if then == "save again":  # what a stranger saves is as good as what they got
-    pipe.save_pretrained("again")
-    pipe = load("again")
-if pipeline not in ("interpolate", "invert"):  # which take seeds of their own, or none
-    arguments["generator"] = torch.Generator().manual_seed(0)
-torch.save(pipe("a cat", num_inference_steps=4, output_type="pt", **arguments).images, picture)
-assert not any(name.split(".")[0] == "latentdiff" for name in sys.modules)
-"""
+
+def _draw(source: str, pipeline: str, picture: str, then: str) -> None:
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (here, here.parent)]
+    sys.meta_path.insert(0, _NoLatentdiff())
+    pipe = _load(source, pipeline)
+    if then == "save again":  # what a stranger saves is as good as what they got
+        pipe.save_pretrained("again")
+        pipe = _load("again", pipeline)
+    arguments = dict(CALLS[pipeline][1])
+    if pipeline not in ("interpolate", "invert"):  # which take seeds of their own, or none
+        arguments["generator"] = torch.Generator().manual_seed(0)
+    torch.save(pipe("a cat", num_inference_steps=4, output_type="pt", **arguments).images, picture)
+    assert not any(name.split(".")[0] == "latentdiff" for name in sys.modules)
 
 
 def stranger_draws(source: str, then: str = "", pipeline: str = "pipeline") -> torch.Tensor:
     """The picture (1, 3, H, W) of seed 0 in 4 steps, from a folder or a repository, without latentdiff."""
+    for kept in hf_home().iterdir():  # nobody has fetched anything for them before
+        shutil.rmtree(kept)
     with tempfile.TemporaryDirectory() as elsewhere:
         picture = Path(elsewhere, "picture.pt")
-        environment = {**os.environ, "HF_HOME": elsewhere}
-        done = subprocess.run(
-            [sys.executable, "-c", _CODE, source, pipeline, str(picture), then, str(Path(__file__).parent)],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        process = Forked(_draw, source, pipeline, str(picture), then, cwd=elsewhere)
+        (said,) = process.communicate()
+        assert process.returncode == 0, said[-3000:]
         return torch.load(picture, weights_only=True)

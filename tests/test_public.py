@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 
 import latentdiff
+from forked import Forked
 
 LOADED = """
 import sys
@@ -22,8 +21,8 @@ print("latentdiff.pipelines.inpaint" in sys.modules)
 
 def test_a_pipeline_loads_what_it_needs():
     """Else a program that draws waits for pipelines that it does not use."""
-    child = subprocess.run([sys.executable, "-c", LOADED], stdout=subprocess.PIPE, text=True, check=True)
-    first, second = child.stdout.splitlines()
+    (said,) = Forked(["-c", LOADED]).communicate()
+    first, second = said.splitlines()
     assert "text2img" in first
     assert not any(name in first for name in ("img2img", "inpaint", "interpolate", "invert"))
     assert second == "True"

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import Forked
 from latentdiff import ConsistencyScheduler, LatentDiffPipeline, cli
 from latentdiff.data import emoji
 from latentdiff.data.pictures import EmojiPictures
@@ -281,14 +280,12 @@ def test_two_processes_find_what_one_does(tiny_pipeline_folder, pictures, dino_f
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    two = subprocess.run(
-        [sys.executable, *launch, "-m", "latentdiff.cli", *words, str(tmp_path / "two")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "LATENTDIFF_CACHE": str(tmp_path / "2")},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr[-3000:]
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "LATENTDIFF_CACHE": str(tmp_path / "2")}
+    two = Forked([*launch, "-m", "latentdiff.cli", *words, tmp_path / "two"], env={**os.environ, **environment})
+    (said,) = two.communicate(timeout=300)
+    assert two.returncode == 0, said[-3000:]
     cli.main([*words, str(tmp_path / "one")])
-    assert drawn(tmp_path / "two") == drawn(tmp_path / "one") and two.stdout.count("# pipeline") == 1
+    assert drawn(tmp_path / "two") == drawn(tmp_path / "one") and said.count("# pipeline") == 1
     found = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
     assert found[0]["conditions"] == found[1]["conditions"]
     assert numbers(found[1]) == pytest.approx(numbers(found[0]), rel=1e-4)

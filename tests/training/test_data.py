@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import Forked
 from latentdiff import LatentDiffPipeline
 from latentdiff.config.train import TrainConfig
 from latentdiff.data import entry_store, latent_cache
 from latentdiff.training import data, objectives
 from latentdiff.utils.errors import ConfigError, RunStopped
-from tests.end_to_end.test_train_text2img import flags, launch, losses, weights
+from tests.end_to_end.test_train_text2img import flags, losses, weights
 from tiny import make_pictures, tiny_components
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -184,8 +183,10 @@ def test_two_processes_build_one_cache_and_train_buckets(train, shapes, settings
     shutil.rmtree(tmp_path / "cache")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(launch_script())]
     other = ["--config", str(one / "train_config.yaml"), "--train_batch_size", "4"]
-    done = launch(*command, *other, "--output_dir", str(tmp_path / "run"), folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    process = Forked([*command, *other, "--output_dir", tmp_path / "run"], env=environment, cwd=tmp_path)
+    (said,) = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
     assert losses(one) == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
     stores = [store for store in (tmp_path / "cache").iterdir() if store.is_dir()]
     assert len(stores) == 2
@@ -300,11 +301,10 @@ def test_two_runs_share_a_cache_at_the_same_time(settings, own_pictures, tmp_pat
     running = []
     for number in range(3):
         mine = {**settings, "train_data_dir": str(own_pictures), "output_dir": str(tmp_path / f"run {number}"), **SHORT}
-        command = [sys.executable, str(launch_script()), *flags(mine)]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+        running.append(Forked([launch_script(), *flags(mine)], env=environment, cwd=tmp_path))
     for process in running:
-        said = process.communicate(timeout=200)[1]
+        (said,) = process.communicate(timeout=200)
         assert process.returncode == 0, said[-2000:]
     assert len({weights(tmp_path / f"run {number}") for number in range(3)}) == 1
 

@@ -36,6 +36,7 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
 def start(inputs, output: Path, stage: int = 2, **changes):
     env = {**ZERO, **ON_CPU, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
     two = {"processes": 2, "script": SCRIPT, "env": env, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+    two |= {"forked": False}
     return test_distributed.start(inputs, output, **{**two, "words": WORDS, **SETTINGS, **changes})
 
 

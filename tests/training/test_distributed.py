@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import kill_stress
+from forked import Forked
 
 STEPS = 50
 
@@ -32,9 +33,13 @@ def start(
     script=(kill_stress.SCRIPT,),
     words=("--validation_prompts",),
     env=(),
+    forked=True,
     **changes,
-) -> subprocess.Popen:
-    """The script as users launch it on several processes of one machine."""
+) -> Forked | subprocess.Popen:
+    """The script as users launch it on several processes of one machine.
+
+    GPUs and DeepSpeed may be set up by an import: their processes cannot be forked.
+    """
     model, pictures = inputs
     settings = {
         "pretrained_model_name_or_path": model, "train_data_dir": pictures, "unet": "pretrained",
@@ -47,11 +52,12 @@ def start(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    return subprocess.Popen(
-        [sys.executable, *(launch if processes > 1 else []), *script, *flags, "--random_flip", *words],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **dict(env)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = [*(launch if processes > 1 else []), *script, *flags, "--random_flip", *words]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **dict(env)}
+    if forked:
+        return Forked(command, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *command], env=env, **pipes)
 
 
 def run(inputs, output: Path, processes: int, **changes) -> Path:

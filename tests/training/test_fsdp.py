@@ -217,7 +217,7 @@ def test_cpus_are_refused(monkeypatch, tmp_path):
 def test_it_trains_saves_and_resumes_on_gpus(inputs, tmp_path, mixed_precision):
     """The parts lie on GPUs there, are cast for the forward and, under fp16, scaled; NCCL gathers them."""
     gpus = {"processes": torch.cuda.device_count(), "script": (kill_stress.SCRIPT,), "train_batch_size": 4}
-    gpus |= {"env": {**FSDP2, "ACCELERATE_USE_CPU": "0"}, "mixed_precision": mixed_precision}
+    gpus |= {"env": {**FSDP2, "ACCELERATE_USE_CPU": "0"}, "mixed_precision": mixed_precision, "forked": False}
     run(inputs, tmp_path / "run", **gpus)
     first = log(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")

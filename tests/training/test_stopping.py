@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
+from forked import Forked
 from latentdiff.training.stopping import STEPS_BETWEEN_QUESTIONS, StopSignals
 
 
@@ -63,6 +62,7 @@ def test_a_second_signal_ends_the_process_at_once():
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('too long', flush=True)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = Forked(["-c", program])
+    (said,) = run.communicate()
     assert run.returncode == -signal.SIGTERM
-    assert "still here" in run.stdout and "too long" not in run.stdout
+    assert "still here" in said and "too long" not in said
