@@ -90,7 +90,7 @@ def test_a_pair_that_ended_early_resumes_to_the_last_bit(inputs, shared, tmp_pat
     assert (output / "checkpoint-10").exists() and not (output / f"checkpoint-{STEPS}").exists()
 
     process = start(inputs, output, stage, resume_from_checkpoint="latest")
-    wait_for(process, lambda: (output / ".tmp-checkpoint-15").exists() or (output / "checkpoint-15").exists())
+    wait_for(process, lambda: (output / ".tmp-checkpoint-12").exists() or (output / "checkpoint-12").exists())
     for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(worker), signal.SIGKILL)
     process.communicate(timeout=120)
@@ -107,7 +107,7 @@ def test_a_run_may_begin_or_cease_to_share(inputs, shared, alone, tmp_path, dire
     stage, whole = shared
     before, after = {"begin": (alone, {}), "cease": (whole, ALONE)}[direction]
     shutil.copytree(before, tmp_path / "run")
-    assert_close(run(inputs, tmp_path / "run", stage, resume_from_checkpoint="15", **after), alone)
+    assert_close(run(inputs, tmp_path / "run", stage, resume_from_checkpoint="12", **after), alone)
 
 
 @installed

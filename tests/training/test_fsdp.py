@@ -23,7 +23,7 @@ from latentdiff.utils.errors import ConfigError
 from tests.training import test_distributed
 from tests.training.test_distributed import log
 
-STEPS = 20
+STEPS = 16
 # What `accelerate launch` sets for fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and its default of
 # fsdp_cpu_ram_efficient_loading, under which transformers loads networks on the first process alone.
 FSDP2 = {
@@ -36,10 +36,10 @@ PARTS = ("unet", "unet_ema", "unet_ema_0.05")  # of a checkpoint
 ON_CPU = (Path(__file__).parents[1].joinpath("fsdp2_on_cpu.py"), kill_stress.SCRIPT)
 # Without the cache every process needs its own text encoder, the prompt makes all of them draw, and the gradient's norm
 # is above the limit at most steps. Averages of two widths are kept, with snapshots.
-SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": 5, "validation_steps": 10, "validation_inference_steps": 2}
+SETTINGS = {"max_train_steps": STEPS, "checkpointing_steps": 4, "validation_steps": 8, "validation_inference_steps": 2}
 SETTINGS |= {"max_grad_norm": 0.3}
 WORDS = ("--no-cache_latents", "--gradient_checkpointing", "--validation_prompts", "a cat")
-WORDS += ("--ema_sigma_rel", "0.1", "0.05", "--ema_snapshot_steps", "5")
+WORDS += ("--ema_sigma_rel", "0.1", "0.05", "--ema_snapshot_steps", "4")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_pair_that_ended_early_resumes_to_the_last_bit(inputs, sharded, tmp_pa
     assert (output / "checkpoint-10").exists() and not (output / f"checkpoint-{STEPS}").exists()
 
     process = start(inputs, output, resume_from_checkpoint="latest")
-    wait_for(process, lambda: (output / ".tmp-checkpoint-15").exists() or (output / "checkpoint-15").exists())
+    wait_for(process, lambda: (output / ".tmp-checkpoint-12").exists() or (output / "checkpoint-12").exists())
     for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(worker), signal.SIGKILL)
     process.communicate(timeout=120)
@@ -158,7 +158,7 @@ def test_a_run_may_begin_or_cease_to_share(request, inputs, tmp_path, direction)
     """Who gets more GPUs, or loses them, would have to begin again."""
     before, after = {"begin": ("alone", {}), "cease": ("sharded", ALONE)}[direction]
     shutil.copytree(request.getfixturevalue(before), tmp_path / "run")
-    resumed = run(inputs, tmp_path / "run", resume_from_checkpoint="15", **after)
+    resumed = run(inputs, tmp_path / "run", resume_from_checkpoint="12", **after)
     assert_close(resumed, request.getfixturevalue("alone"))
 
 
