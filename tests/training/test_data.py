@@ -17,7 +17,8 @@ from latentdiff.config.train import TrainConfig
 from latentdiff.data import entry_store, latent_cache
 from latentdiff.training import data, objectives
 from latentdiff.utils.errors import ConfigError, RunStopped
-from tests.end_to_end.test_train_text2img import flags, losses, weights
+from tests.end_to_end.test_command_line import flags
+from tests.end_to_end.test_train_text2img import losses, weights
 from tiny import make_pictures, tiny_components
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
