@@ -50,6 +50,9 @@ def test_pushed_is_the_model_and_not_the_run(hub, train, tiny_pipeline_folder):
     )
     assert "validation/step-0000004.png" in pushed
     assert not [path for path in pushed if path.startswith(("checkpoint-", ".tmp-", "logs/"))]
+    weights = [*run.glob("*/*.safetensors"), *run.glob("checkpoint-*/*/*.safetensors")]
+    assert len(weights) > 3
+    assert {oct(path.stat().st_mode & 0o777) for path in weights} == {oct((run / "README.md").stat().st_mode & 0o777)}
     paths = [str(tiny_pipeline_folder).encode(), str(run.parent).encode()]
     for path, content in hub.files(f"{USER}/cats").items():
         assert TOKEN.encode() not in content and not any(place in content for place in paths), path
