@@ -334,6 +334,8 @@ class LatentDiffInpaintPipeline(LatentPipeline, DiffusionPipeline):
         mask = self.mask_processor.preprocess(_as_number(mask_image), height=height, width=width).to(torch.float32)
         if mask.shape[1] != 1:
             raise ValueError(f"mask_image: a mask has one channel, not {mask.shape[1]}")
+        if not mask.flatten(1).any(dim=1).all():
+            raise ValueError("mask_image: it is black all over, so that nothing would be painted")
         return mask
 
     def _latent_mask(self, mask: torch.Tensor, mask_blur: int = 0) -> torch.Tensor:

@@ -41,6 +41,10 @@ ROUGH_PROFILE = 0.1  # an average chosen after training is warned of where more 
 _OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
+class NotFinite(ValueError):
+    """What was drawn is inf or nan, which would be saved as a black picture."""
+
+
 class LatentPipeline(
     PromptEmbedding,
     GuidedSampling,
@@ -293,7 +297,7 @@ class LatentPipeline(
                 tensors in [0, 1]. As in training a PIL picture is turned as its EXIF says, and lies on white.
 
         Raises:
-            ValueError: no pictures, not of three channels, or not of one size.
+            ValueError: no pictures, not of three channels, not of one size, or arrays of 0 to 255.
         """
         if image is None or (isinstance(image, list | tuple) and not image):
             raise ValueError("image: pass a picture to start from, or several")
@@ -306,6 +310,7 @@ class LatentPipeline(
             image = [upright_rgb(one) if isinstance(one, Image.Image) else one for one in image]
         elif isinstance(image, Image.Image):
             image = upright_rgb(image)
+        _check_shades("image", image)
         pixels = self.image_processor.preprocess(image, height=height, width=width).to(torch.float32)
         if pixels.shape[1] != 3:
             raise ValueError(f"image: pictures have 3 channels, not {pixels.shape[1]}")
@@ -386,6 +391,7 @@ class LatentPipeline(
             return latents, None
         raw = unscale_latents(latents, self.vae.config).to(self.vae.dtype)  # many keep the VAE in fp32
         pixels = self.vae.decode(raw, return_dict=False, generator=generator)[0]
+        _check_finite(latents, pixels)
         pixels = pixels if retouch is None else retouch(pixels)
         pixels, flagged = self.run_safety_checker(pixels, latents.dtype)
         denormalize = [True] * len(pixels) if flagged is None else [not flag for flag in flagged]
@@ -398,3 +404,20 @@ class LatentPipeline(
         pictures = self.image_processor.postprocess(pixels, output_type="pil")
         clip_input = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(pixels.device, dtype)
         return self.safety_checker(images=pixels, clip_input=clip_input)
+
+
+def _check_shades(name: str, images: PipelineImageInput) -> None:
+    """Raise a ValueError for arrays and tensors of 0 to 255, which would be taken for white."""
+    for one in images if isinstance(images, list | tuple) else [images]:
+        if not isinstance(one, Image.Image) and one.size and float(one.max()) > 1.001:
+            raise ValueError(f"{name}: arrays and tensors must lie in [0, 1]; this one goes up to {float(one.max()):g}")
+
+
+def _check_finite(latents: torch.Tensor, pixels: torch.Tensor) -> None:
+    """Raise a NotFinite that says where a picture's numbers stopped being any."""
+    if torch.isfinite(pixels).all():
+        return
+    if not torch.isfinite(latents).all():
+        raise NotFinite("the picture is not finite: the UNet put out inf or nan; try float32, or other weights")
+    reason = "it overflows in float16: keep the VAE in float32 or bfloat16" if pixels.dtype == torch.float16 else ""
+    raise NotFinite(f"the VAE put out inf or nan of finite latents{': ' * bool(reason)}{reason}")

@@ -196,16 +196,30 @@ def recipe_of(networks: Networks, sampling: Sampling, **values: Any) -> Recipe:
     return Recipe(**(options | networks.in_recipes() | values))
 
 
-def open_input(path: Path, flag: str, width: int, height: int) -> Image.Image:
-    """A picture to edit, or a mask, upright and in RGB: its middle, at the size that is drawn.
+def open_inputs(paths: dict[str, Path | None], width: int, height: int) -> dict[str, Image.Image]:
+    """A picture to edit, and perhaps its mask, by name, upright and in RGB: their middles, at the size that is drawn.
 
     Raises:
-        ConfigError: it is not there, or no picture that can be read.
+        ConfigError: one is not there, no picture that can be read, or the mask is of another shape than the picture.
     """
+    images = {name: _opened(path, f"--{name}") for name, path in paths.items() if path is not None}
+    if "mask" in images:
+        (w, h), (mask_w, mask_h) = images["image"].size, images["mask"].size
+        if abs(w * mask_h - mask_w * h) > max(w * mask_h, mask_w * h) / 100:
+            raise ConfigError(
+                f"--mask {paths['mask']} is {mask_w}x{mask_h}, of another shape than the picture, which is {w}x{h}"
+            )
+    return {name: _middle(image, width, height) for name, image in images.items()}
+
+
+def _opened(path: Path, flag: str) -> Image.Image:
     try:
-        image = open_upright(path)
+        return open_upright(path)
     except FileNotFoundError:
         raise ConfigError(f"{flag} {path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise ConfigError(f"{flag} {path} cannot be read as a picture: {type(error).__name__}") from None
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
     return resized(image, (width, height), crop_box(image.size, (width, height)))

@@ -20,7 +20,7 @@ from ..utils.files import write_whole
 from ..utils.films import check_animation, save_animation, strip
 from ..utils.grid import labelled_grid
 from ..utils.text import NotText, decoded, lines
-from .drawing import draw_frames, draw_recipes, open_input, recipe_of
+from .drawing import draw_frames, draw_recipes, open_inputs, recipe_of
 from .loading import Networks, load_networks
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png
 
@@ -58,7 +58,7 @@ def edit(command: Edit) -> None:
         )
     width, height = picture_size(command, networks)
     paths = {"image": command.image, "mask": command.mask}
-    inputs = {name: open_input(path, f"--{name}", width, height) for name, path in paths.items() if path is not None}
+    inputs = open_inputs(paths, width, height)
     recipe = picture_recipe(command, networks, width=width, height=height, **values)
     _draw(command, networks, work, recipe, **inputs)
 

@@ -1,6 +1,7 @@
 """What pictures are drawn with: a saved pipeline and what guides it, found, loaded, and named for their recipes."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
 
 
 def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
-    """Give the pipeline the LoRA weights in a folder, and the scheduler that they were distilled for, if they were."""
+    """Give the pipeline the LoRA weights in a folder, and the scheduler that they were distilled for, if they were; say
+    how many of their layers it has."""
     if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         raise ConfigError(f"--lora {folder}: holds no {LORA_WEIGHT_NAME_SAFE}")
     if not is_peft_available():
@@ -155,9 +157,26 @@ def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
         pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {first_line(error)}") from None
+    _say_fit(folder, pipeline)
     if (folder / SCHEDULER_CONFIG_NAME).is_file():
         pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder)
     return folder_ingredient(folder)
+
+
+def _say_fit(folder: Path, pipeline: LatentDiffPipeline) -> None:
+    """diffusers leaves out what does not fit: adapters of another model would be drawn with as if they were not there.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    layers, _ = pipeline.lora_state_dict(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
+    count = sum(name.endswith(("lora_A.weight", ".down.weight", "lora_down.weight")) for name in layers)
+    networks = (pipeline.unet, pipeline.text_encoder)
+    fitting = sum(bool(getattr(module, "lora_A", None)) for network in networks for module in network.modules())
+    if not fitting:
+        raise ConfigError(f"--lora {folder}: none of its {count} layers is one of this checkpoint's")
+    is_less = " (warning: the others are left out)" if fitting < count else ""
+    print(f"{folder.name}: {fitting} of {count} LoRA layers fit this checkpoint{is_less}", file=sys.stderr)
 
 
 def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", scale: float = 0.0) -> Network:

@@ -14,7 +14,7 @@ from ..config.drawing import Redraw
 from ..utils.errors import ConfigError
 from ..utils.files import folder_sha256, packaged_checkpoint
 from ..utils.films import strip
-from .drawing import draw_frames, draw_recipes, open_input
+from .drawing import draw_frames, draw_recipes, open_inputs
 from .generate import is_there, save
 from .loading import DTYPES, HUB_ID, Networks, load_networks
 from .recipe import Ingredient, Recipe, file_ingredient, read_recipe
@@ -31,11 +31,8 @@ def redraw(command: Redraw) -> None:
     recipe = read_recipe(command.picture)
     command = with_shipped(command, recipe)
     check_given(command, recipe)
-    inputs = {
-        name: open_input(getattr(command, name), f"--{name}", recipe.width, recipe.height)
-        for name in ("image", "mask")
-        if getattr(recipe, name) is not None
-    }
+    paths = {name: getattr(command, name) for name in ("image", "mask")}  # those that the recipe has, by `check_given`
+    inputs = open_inputs(paths, recipe.width, recipe.height)
     checkpoint, hub_id = command.checkpoint, None
     if checkpoint is None:
         checkpoint, hub_id = find_checkpoint(recipe.checkpoint, command), recipe.checkpoint.name

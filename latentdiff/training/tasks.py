@@ -3,7 +3,8 @@
 Each task says what the UNet is given beside the noisy latents, what a validation draws, and what a card says of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -82,21 +83,30 @@ def task_of(config: TrainConfig) -> TextToImage:
     return TASKS[config.task](config)
 
 
+@contextmanager
+def _for_drawing(pipeline) -> Iterator[None]:
+    """The UNet in eval mode for the block, whatever comes of it, and no progress bar."""
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline.unet.train(was_training)
+
+
 def validation_pictures(
     pipeline, prompts: Sequence[str], *, seed: int, num_inference_steps: int, guidance_scale: float
 ) -> Image.Image:
     """One picture for each prompt, picture i from the noise of seed + i, as a labelled grid."""
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipeline(
-        list(prompts),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        generator=generators,
-    ).images
-    pipeline.unet.train(was_training)
+    with _for_drawing(pipeline):
+        images = pipeline(
+            list(prompts),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+        ).images
     return labelled_grid(images, prompts, columns=min(4, len(prompts)))
 
 
@@ -109,22 +119,19 @@ def inpainted_pictures(
     guidance_scale: float,
 ) -> Image.Image:
     """For each example what the UNet sees of it, what it draws from the noise of seed + i, and what it was: a grid."""
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pipeline.set_progress_bar_config(disable=True)
     images, labels = [], []
     for i, example in enumerate(examples):
-        drawn = pipeline(
-            example.caption,
-            image=example.image,
-            mask_image=example.mask,
-            width=example.image.width,
-            height=example.image.height,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed + i),
-        ).images[0]
+        with _for_drawing(pipeline):
+            drawn = pipeline(
+                example.caption,
+                image=example.image,
+                mask_image=example.mask,
+                width=example.image.width,
+                height=example.image.height,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(seed + i),
+            ).images[0]
         images += [example.masked, drawn, example.image]
         labels += [example.caption, "drawn", "as it was"]
-    pipeline.unet.train(was_training)
     return labelled_grid(images, labels, columns=3)

@@ -12,6 +12,7 @@ from ..config.train import TrainConfig
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..distributed.fsdp import is_sharded, parts_put_back
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
+from ..pipelines.latent_pipeline import NotFinite
 from .data import Data
 from .ema import EMA, PowerEMAs
 from .export import as_pipeline
@@ -63,12 +64,15 @@ class Validation:
         homes = [(part, part.device) for part in (self._parts.vae, self._parts.text_encoder)]
         self._parts.to(unet.device)
         pipeline = as_pipeline(self._parts, unet, self._scheduler)
-        with self._accelerator.autocast():
-            how = self._objective.drawing()
-            grid = self._task.draw(pipeline, self._masked_examples, seed=self._config.seed, **how)
+        grid, how = None, self._objective.drawing()
+        try:
+            with self._accelerator.autocast():
+                grid = self._task.draw(pipeline, self._masked_examples, seed=self._config.seed, **how)
+        except NotFinite as error:  # no reason to end a run whose gradient is finite
+            tqdm.write(f"step {done}: no pictures: {error}")
         for part, device in homes:
             part.to(device)
-        if not self._accelerator.is_main_process:
+        if grid is None or not self._accelerator.is_main_process:
             return
         self._folder.mkdir(exist_ok=True)
         grid.save(self._folder / f"step-{done:07d}.png")

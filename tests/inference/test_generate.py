@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from latentdiff import ConsistencyScheduler, LatentDiffPipeline, cli
 from latentdiff.inference import drawing
 from latentdiff.inference import generate as picture_lists
 from latentdiff.inference.loading import SCHEDULERS
 from latentdiff.inference.recipe import file_ingredient, read_recipe
+from latentdiff.models.lora import save_lora
 from latentdiff.models.unet import add_guidance_input
 from latentdiff.utils.files import folder_sha256
+from tests.models.test_lora import adapted
 from tests.test_cli import fails
 from tiny import tiny_components
 
@@ -280,7 +283,7 @@ def test_edit_draws_out_of_a_picture(kind, tiny_pipeline_folder, tmp_path, pictu
     assert recipe.kind == kind and recipe.image == file_ingredient(picture)
     assert recipe.strength == (0.5 if kind == "img2img" else 1.0)
     edited = pixels(tmp_path / "out" / "000-a-dog.png")
-    own = np.asarray(drawing.open_input(picture, "--image", 16, 16)).astype(int)
+    own = np.asarray(drawing.open_inputs({"image": picture}, 16, 16)["image"]).astype(int)
     assert edited.shape == own.shape and (edited != own).any()
     assert (edited != pixels(tmp_path / "out" / "001-a-cat.png")).any()
     if kind == "inpaint":
@@ -293,3 +296,36 @@ def test_a_picture_that_cannot_be_read_is_one_line(tiny_pipeline_folder, tmp_pat
     for name, said in (("none.png", "No such file"), ("broken.png", "cannot be read as a picture")):
         command = ["edit", tiny_pipeline_folder, "--prompts", "a", "--image", tmp_path / name]
         assert f"--image {tmp_path / name}" in (error := fails(capsys, *command)) and said in error
+
+
+def test_a_mask_of_another_shape_than_its_picture_is_refused(tiny_pipeline_folder, tmp_path, capsys):
+    """Of each the middle would be taken, and other columns be painted than those that were masked."""
+    for name, size in (("image", (40, 20)), ("square", (20, 20)), ("half", (20, 10))):
+        Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
+    edit = ["edit", tiny_pipeline_folder, "--image", tmp_path / "image.png", "--prompts", "a cat", *STEPS]
+    said = fails(capsys, *edit, "--mask", tmp_path / "square.png")
+    assert "square.png is 20x20, of another shape than the picture, which is 40x20" in said
+    cli.main([str(word) for word in (*edit, "--mask", tmp_path / "half.png", "--output-dir", tmp_path / "drawn")])
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.0])
+def test_how_much_of_a_lora_fits_is_said(tiny_pipeline_folder, tmp_path, capsys, kept):
+    """Adapters of another model would be drawn with as if they were not there, or half of them."""
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    save_lora(adapted(), file.parent)
+    weights = load_file(file)
+    layers = sorted({name.rsplit(".lora", 1)[0] for name in weights})
+    gone = set(layers[round(len(layers) * kept) :])
+    renamed = {
+        name: name.replace("unet.", "unet.of_another.") for name in weights if name.rsplit(".lora", 1)[0] in gone
+    }
+    save_file({renamed.get(name, name): tensor for name, tensor in weights.items()}, file)
+    draw = ["generate", tiny_pipeline_folder, *STEPS, "--prompts", "a cat", "--lora", file.parent]
+    if not kept:
+        assert "lora: " in fails(capsys, *draw, "--output-dir", tmp_path / "drawn")
+        return
+    cli.main([str(word) for word in (*draw, "--output-dir", tmp_path / "drawn")])
+    said = capsys.readouterr().err
+    assert f"lora: {len(layers) - len(gone)} of {len(layers)} LoRA layers fit this checkpoint" in said
+    assert ("warning: the others are left out" in said) == (kept < 1)

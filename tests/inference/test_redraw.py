@@ -102,7 +102,7 @@ def test_an_edit_needs_its_picture(kind, tiny_pipeline_folder, tmp_path, picture
     assert (pixels(redraw(path, *where, *inputs)) == pixels(path)).all()
 
     other = tmp_path / "other.png"
-    Image.new("RGB", (16, 16), "red").save(other)
+    Image.new("RGB", (40, 20), "red").save(other)
     wrong = [other if word is picture else word for word in inputs]
     said = fails(capsys, "redraw", path, *where, *wrong, "--output", tmp_path / "x.png")
     assert "the image 'other.png' is not the 'own.png' of the recipe" in said

@@ -347,3 +347,35 @@ def test_pictures_and_masks_are_turned_as_their_exif_says(name):
         pipe("a cat", generator=seeded(), **{**subject.arguments, **images, **call}).images for images in ({}, turned)
     )
     assert np.array_equal(upright, lying)
+
+
+@pytest.mark.parametrize("name", list(SUBJECTS)[1:])
+@pytest.mark.parametrize("kind", ["array", "tensor", "bytes"])
+def test_arrays_of_0_to_255_are_refused(name, kind):
+    """They would be taken for white, and the picture be washed out without a word."""
+    subject = SUBJECTS[name]
+    shades = np.asarray(PICTURE).astype(np.float32)
+    image = {"array": shades, "tensor": torch.from_numpy(shades).permute(2, 0, 1), "bytes": np.asarray(PICTURE)}[kind]
+    with pytest.raises(ValueError, match="image: arrays and tensors must lie in .0, 1.; this one goes up to 255"):
+        subject.build()("a cat", **{**subject.arguments, "image": image}, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("name", list(SUBJECTS)[2:])
+def test_a_mask_that_is_black_all_over_is_refused(name):
+    """The picture would be drawn in vain, as it was but for what the VAE loses."""
+    subject = SUBJECTS[name]
+    black = {"mask_image": Image.new("L", MASK.size)}
+    with pytest.raises(ValueError, match="mask_image: it is black all over"):
+        subject.build()("a cat", **{**subject.arguments, **black}, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("unet", "the UNet put out inf or nan"), ("vae", "the VAE put out inf or nan of finite latents")]
+)
+def test_what_is_not_finite_is_no_picture(part, said):
+    """A black picture would be saved, and by the next call be there."""
+    pipe = SUBJECTS["text to image"].build()
+    spoilt = pipe.unet.conv_out if part == "unet" else pipe.vae.decoder.conv_out
+    torch.nn.init.constant_(spoilt.bias, float("nan"))
+    with pytest.raises(ValueError, match=said):
+        pipe("a cat", num_inference_steps=1)

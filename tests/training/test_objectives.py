@@ -101,13 +101,15 @@ def test_a_run_goes_on_to_the_last_bit(train, tmp_path, changes):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "whole"])
-def test_the_lines_of_the_model_card_draw(train, lora):
+def test_the_lines_of_the_model_card_draw(train, tiny_pipeline_folder, lora):
     """Else whoever copies them draws with DDIM, in fifty steps, or with guidance upon guidance."""
     folder = train(**DISTILL, max_train_steps=1, consistency_guidance=(4.0,), lora_rank=2 if lora else None)
     card = (folder / "README.md").read_text()
     assert "Multistep consistency sampling, 4 steps, guidance inside it." in card
     for block in re.findall(r"```python\n(.*?)```", card, flags=re.S)[:2]:
-        *lines, last = block.replace("path/to/this/folder", str(folder)).strip().splitlines()
+        block = block.replace("path/to/this/folder", str(folder))
+        block = block.replace(f'"{tiny_pipeline_folder.name}"', f'"{tiny_pipeline_folder}"')  # a card names no path
+        *lines, last = block.strip().splitlines()
         assert last == 'pipe("a cat", num_inference_steps=4, guidance_scale=1.0).images[0]'
         names: dict = {}
         exec("\n".join([*lines, "picture = " + last]), names)

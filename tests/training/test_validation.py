@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from latentdiff import DDPMScheduler, LatentDiffInpaintPipeline, LatentDiffPipeline
@@ -242,3 +243,13 @@ def test_inpainted_pictures_stand_beside_what_they_were():
         cells += [example.masked, drawn, example.image]
         labels += [f"picture {i}", "drawn", "as it was"]
     assert np.array_equal(np.asarray(grid), np.asarray(labelled_grid(cells, labels, columns=3)))
+
+
+def test_pictures_that_are_not_finite_do_not_end_a_run(train, monkeypatch, capsys):
+    """A VAE that overflows in fp16 would end in its first validation a run whose loss is finite."""
+    real = AutoencoderKL.decode
+    spoil = lambda self, z, **how: (real(self, z, **how)[0] * float("nan"),)  # noqa: E731
+    monkeypatch.setattr(AutoencoderKL, "decode", spoil)
+    folder = train(max_train_steps=2, validation_steps=1, validation_prompts=("a cat",), checkpointing_steps=2)
+    assert "step 1: no pictures: the VAE put out inf or nan" in "".join(capsys.readouterr())
+    assert not (folder / "validation").exists() and (folder / "model_index.json").exists()
