@@ -5,7 +5,7 @@ that they agree to about 1e-6 only where these differ.
 """
 
 import json
-import tarfile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,8 +37,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def unpack(folder: Path) -> Path:
-    with tarfile.open(FOLDER / "folders.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(FOLDER / "folders.tar.xz", folder)
     return folder
 
 
