@@ -23,7 +23,7 @@ from ..inference.loading import load_pipeline
 from ..inference.recipe import folder_ingredient
 from ..models.latents import encode_moments, sample_latents, to_pixels
 from ..models.loading import unet_class
-from ..models.parts import FrozenParts, encode_prompt
+from ..models.parts import FrozenParts, encode_prompt, in_eval_mode
 from ..training.prediction import predict
 from ..utils import randomness
 from ..utils.errors import ConfigError, first_line
@@ -69,20 +69,18 @@ def variational_bound(
         raise ValueError(f"decoder_variance is {v}; it must be positive")
     indices = range(len(latents)) if indices is None else indices
     timesteps, weights = _timesteps(abar, timesteps_per_picture, seed, indices)
-    was_training = model.training
-    model.eval()
     terms = []
     pairs = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(timesteps.shape[1]))
-    for part in tqdm(pairs.split(batch_size), desc="measuring likelihood", unit="batch"):
-        of, columns = part.T
-        x_0, t = latents[of].double(), timesteps[of, columns]
-        noise = torch.stack([_noise(x_0.shape[1:], seed, indices[i], column) for i, column in part.tolist()])
-        x_t = add_noise(abar, x_0, noise, t)
-        seen, text = (tensor.to(model.device, model.dtype) for tensor in (x_t, encoder_hidden_states[of]))
-        batch = Batch(seen, noise, t, text, None)
-        output = predict(model, batch, seen, t.to(model.device)).sample.cpu()
-        terms.append(denoising_term(process, output, x_0, x_t, t, v))
-    model.train(was_training)
+    with in_eval_mode(model):
+        for part in tqdm(pairs.split(batch_size), desc="measuring likelihood", unit="batch"):
+            of, columns = part.T
+            x_0, t = latents[of].double(), timesteps[of, columns]
+            noise = torch.stack([_noise(x_0.shape[1:], seed, indices[i], column) for i, column in part.tolist()])
+            x_t = add_noise(abar, x_0, noise, t)
+            seen, text = (tensor.to(model.device, model.dtype) for tensor in (x_t, encoder_hidden_states[of]))
+            batch = Batch(seen, noise, t, text, None)
+            output = predict(model, batch, seen, t.to(model.device)).sample.cpu()
+            terms.append(denoising_term(process, output, x_0, x_t, t, v))
     return Bound(
         prior=prior_term(process, latents),
         timesteps=timesteps,

@@ -1,6 +1,8 @@
 """The networks of a run, VAE, CLIP text encoder, UNet: what of them is frozen, and what is trained."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +64,17 @@ def networks_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
     """Eval mode and no gradients."""
     return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """The module in eval mode for the block, and as it was after it, whatever comes of it."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def with_trained_text_encoder(parts: FrozenParts, gradient_checkpointing: bool = False) -> FrozenParts:

@@ -15,7 +15,7 @@ from ..data.pictures import CaptionedPictures
 from ..diffusion.losses import denoising_loss, training_target
 from ..diffusion.noise_schedule import predict_x0_and_epsilon
 from ..models.latents import inpainting_conditions, sample_latents
-from ..models.parts import UNetWithTextEncoder
+from ..models.parts import UNetWithTextEncoder, in_eval_mode
 from ..utils import randomness
 from .prediction import predict
 
@@ -124,26 +124,25 @@ class HeldOutLoss:
         Args:
             share: (which, of how many) to ask a part of the batches alone.
         """
-        was_training, device = model.training, model.device
-        model.eval()
+        device = model.device
         batches = [(group, part) for group in self._groups for part in torch.arange(len(group[4])).split(batch_size)]
         found = {}
-        for number in range(share[0], len(batches), share[1]):
-            (all_latents, all_noise, all_timesteps, all_text, of, all_conditions), part = batches[number]
-            latents, noise, timesteps = (
-                t.to(device) for t in (all_latents[of[part]], all_noise[part], all_timesteps[part])
-            )
-            conditions = None if all_conditions is None else all_conditions[of[part]].to(device)
-            batch = Batch(latents, noise, timesteps, *_text_of(all_text, of[part], device), conditions)
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            with autocast():
-                output = predict(model, batch, noisy, timesteps).sample
-            kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
-            loss = denoising_loss(output, training_target(kind, latents, noise, abar, timesteps))
-            x_0, epsilon = predict_x0_and_epsilon(abar, output.float(), noisy, timesteps, kind)
-            errors = (timesteps, loss, denoising_loss(epsilon, noise), denoising_loss(x_0, latents))
-            found[number] = HeldOutErrors(*(values.cpu() for values in errors))
-        model.train(was_training)
+        with in_eval_mode(model):
+            for number in range(share[0], len(batches), share[1]):
+                (all_latents, all_noise, all_timesteps, all_text, of, all_conditions), part = batches[number]
+                latents, noise, timesteps = (
+                    t.to(device) for t in (all_latents[of[part]], all_noise[part], all_timesteps[part])
+                )
+                conditions = None if all_conditions is None else all_conditions[of[part]].to(device)
+                batch = Batch(latents, noise, timesteps, *_text_of(all_text, of[part], device), conditions)
+                noisy = scheduler.add_noise(latents, noise, timesteps)
+                with autocast():
+                    output = predict(model, batch, noisy, timesteps).sample
+                kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
+                loss = denoising_loss(output, training_target(kind, latents, noise, abar, timesteps))
+                x_0, epsilon = predict_x0_and_epsilon(abar, output.float(), noisy, timesteps, kind)
+                errors = (timesteps, loss, denoising_loss(epsilon, noise), denoising_loss(x_0, latents))
+                found[number] = HeldOutErrors(*(values.cpu() for values in errors))
         return found
 
 

@@ -3,8 +3,7 @@
 Each task says what the UNet is given beside the noisy latents, what a validation draws, and what a card says of it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -13,6 +12,7 @@ from ..config.train import TrainConfig
 from ..data.masks import MaskedExample, masked_examples
 from ..data.pictures import CaptionedPictures
 from ..diffusion.unet_inputs import inpainting_channels
+from ..models.parts import in_eval_mode
 from ..pipelines.inpaint import LatentDiffInpaintPipeline
 from ..public import LatentDiffPipeline
 from ..utils.grid import labelled_grid
@@ -83,24 +83,13 @@ def task_of(config: TrainConfig) -> TextToImage:
     return TASKS[config.task](config)
 
 
-@contextmanager
-def _for_drawing(pipeline) -> Iterator[None]:
-    """The UNet in eval mode for the block, whatever comes of it, and no progress bar."""
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipeline.unet.train(was_training)
-
-
 def validation_pictures(
     pipeline, prompts: Sequence[str], *, seed: int, num_inference_steps: int, guidance_scale: float
 ) -> Image.Image:
     """One picture for each prompt, picture i from the noise of seed + i, as a labelled grid."""
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    with _for_drawing(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    with in_eval_mode(pipeline.unet):
         images = pipeline(
             list(prompts),
             num_inference_steps=num_inference_steps,
@@ -119,9 +108,10 @@ def inpainted_pictures(
     guidance_scale: float,
 ) -> Image.Image:
     """For each example what the UNet sees of it, what it draws from the noise of seed + i, and what it was: a grid."""
+    pipeline.set_progress_bar_config(disable=True)
     images, labels = [], []
-    for i, example in enumerate(examples):
-        with _for_drawing(pipeline):
+    with in_eval_mode(pipeline.unet):
+        for i, example in enumerate(examples):
             drawn = pipeline(
                 example.caption,
                 image=example.image,
@@ -132,6 +122,6 @@ def inpainted_pictures(
                 guidance_scale=guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(seed + i),
             ).images[0]
-        images += [example.masked, drawn, example.image]
-        labels += [example.caption, "drawn", "as it was"]
+            images += [example.masked, drawn, example.image]
+            labels += [example.caption, "drawn", "as it was"]
     return labelled_grid(images, labels, columns=3)
