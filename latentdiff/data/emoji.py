@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..utils.errors import ConfigError
 from ..utils.files import cache_folder, write_whole
 from ..utils.randomness import fraction
+from .recolour import OwnColour, own_colour, recoloured
 
 RESOLUTION = 64
 STYLES = ("twemoji", "openmoji")
@@ -61,6 +62,8 @@ CATEGORIES = (
 NEWEST_DEFAULT_VERSION = 3.0  # the Emoji version up to which a concept belongs to the default
 HELD_OUT_CONCEPTS = 0.05
 HELD_OUT_PAIRS = 0.15
+# A name with one of these in it says a colour already: "a green red apple" would mean nothing.
+_COLOUR_WORDS = {word for name in BACKGROUNDS for word in name.split()} | {"dark", "gold", "golden", "silver"}
 
 # Everyday words for a few pictures whose CLDR name and aliases do not have them.
 EVERYDAY_NAMES = {
@@ -99,6 +102,15 @@ class Concept:
         """Whether this emoji on this background is kept from training, in every style, to measure composition."""
         return colour != "white" and fraction("pair", self.key, colour) < HELD_OUT_PAIRS
 
+    def thing_held_out(self, colour: str) -> bool:
+        """Whether this emoji is itself never of this colour in training, in any style and on any background."""
+        return fraction("thing", self.key, colour) < HELD_OUT_PAIRS
+
+    @property
+    def names_without_colour(self) -> tuple[str, ...]:
+        """Those before which a colour can be put."""
+        return tuple(name for name in self.names if not _COLOUR_WORDS & set(re.split(r"[ -]", name)))
+
     @property
     def in_default(self) -> bool:
         """Whether the concept belongs to the default set: a telling category, and of Emoji version 3.0 or older."""
@@ -115,18 +127,20 @@ def noun_phrase(name: str) -> str:
     return f"an {name}" if name[0].lower() in "aeiou" and not name.startswith(("uni", "eu")) else f"a {name}"
 
 
-def captions(concept: Concept, style: str, colour: str = "white") -> list[str]:
+def captions(concept: Concept, style: str, colour: str = "white", thing_colour: str | None = None) -> list[str]:
     """Ways to say one picture, the plainest first: names and aliases, with and without article, style and order.
 
     Args:
         concept: what is drawn.
         style: a member of `STYLES`, named in about half of the captions.
         colour: a key of `BACKGROUNDS`; anything but white is always named.
+        thing_colour: a member of `COLOURS` that the thing itself has in place of its own.
     """
     ground = "" if colour == "white" else f" on a {colour} background"
     comma_ground = ground and "," + ground
+    names = [f"{thing_colour} {name}" for name in concept.names_without_colour] if thing_colour else concept.names
     said = []
-    for name in concept.names:
+    for name in names:
         thing = noun_phrase(name)
         said += [f"{thing}{ground}", f"{thing}, {style} style{comma_ground}", f"{name}{ground}"]
         said += [f"{style} {name}{ground}", f"the {name}{ground}"]
@@ -135,9 +149,11 @@ def captions(concept: Concept, style: str, colour: str = "white") -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def training_captions(concept: Concept, style: str, colour: str, count: int) -> list[str]:
+def training_captions(
+    concept: Concept, style: str, colour: str, count: int, thing_colour: str | None = None
+) -> list[str]:
     """`count` of `captions`: the two plainest, then a fixed choice among the rest that depends on the picture alone."""
-    every = captions(concept, style, colour)
+    every = captions(concept, style, colour, thing_colour)
     rest = sorted(every[2:], key=lambda caption: fraction(style, caption))
     return (every[:2] + rest)[:count]
 
@@ -153,11 +169,25 @@ class EmojiSet:
     rows: list[tuple[Concept, str]]
     left_out: dict[str, int]
 
-    def composite(self, index: int, colour: str | tuple[int, int, int] = "white") -> Image.Image:
-        """Picture `index` on a background, as RGB."""
+    def composite(
+        self, index: int, colour: str | tuple[int, int, int] = "white", thing_colour: str | None = None
+    ) -> Image.Image:
+        """Picture `index` on a background, as RGB; one that `can_be_recoloured` may have another colour of its own."""
         rgb = BACKGROUNDS[colour] if isinstance(colour, str) else colour
+        picture = self.pictures[index]
+        if thing_colour:
+            picture = recoloured(picture, self._own_colour(index), BACKGROUNDS[thing_colour])
         ground = Image.new("RGBA", (RESOLUTION, RESOLUTION), (*rgb, 255))
-        return Image.alpha_composite(ground, Image.fromarray(self.pictures[index], "RGBA")).convert("RGB")
+        return Image.alpha_composite(ground, Image.fromarray(picture, "RGBA")).convert("RGB")
+
+    def can_be_recoloured(self, index: int) -> bool:
+        """Whether the thing in picture `index` has a colour, and a name that says none."""
+        own = self._own_colour(index)
+        return own is not None and own.is_its_own and bool(self.rows[index][0].names_without_colour)
+
+    def _own_colour(self, index: int) -> OwnColour | None:
+        picture = self.pictures[index]
+        return own_colour(picture[..., :3], picture[..., 3] > 127)
 
     def indices(self, *, default: bool = True, held_out: bool | None = False) -> list[int]:
         """Rows of the default set (or of all), held out or not (or both with `held_out=None`), in a fixed order."""

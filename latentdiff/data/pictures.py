@@ -5,6 +5,7 @@ final size; and a digest that says what that picture follows from.
 """
 
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from ..config.train import TrainConfig
 from ..utils.errors import RunStopped
 from ..utils.images import crop_box, open_decoded, resized
 from ..utils.randomness import fraction
-from . import emoji
+from . import emoji, recolour
 from .folder import Folder
 from .sources import Source, Table
 from .survey import PICTURES
@@ -62,51 +63,82 @@ class CaptionedPictures(Protocol):
 
 
 class EmojiPictures:
-    """emoji64 as captioned pictures: each of the default set on white and on the twelve colours.
+    """emoji64 as captioned pictures: each of the default set on white and on the twelve colours, and itself in those.
 
-    White counts as many times as six colours together, since a prompt that names no background means white. Held-out
-    emoji are held out on white; held-out pairs of emoji and colour are not in the set at all.
+    About half of an epoch is plain emoji on white, since a prompt that names no colour means that; a fifth is emoji in
+    other colours than their own. Held-out emoji are held out on white; held-out pairs of an emoji and the colour of its
+    background, or of an emoji and its own colour, are not in the set at all.
 
     Args:
-        max_train_samples: keep only the first so many trained pictures of emoji (on all their backgrounds).
-        captions_on_white, captions_on_colour: how many of the ways to say a picture are kept.
+        max_train_samples: keep only the first so many trained pictures of emoji (in all colours).
+        captions_on_white, captions_on_colour, captions_in_colour: how many of the ways to say a picture are kept, for
+            emoji on white, on coloured backgrounds, and in other colours.
     """
 
-    def __init__(self, max_train_samples: int | None = None, captions_on_white: int = 8, captions_on_colour: int = 2):
+    def __init__(
+        self,
+        max_train_samples: int | None = None,
+        captions_on_white: int = 8,
+        captions_on_colour: int = 2,
+        captions_in_colour: int = 4,
+    ):
         self._set = emoji.load()
-        self._rows: list[tuple[int, str]] = []
+        self._rows: list[tuple[int, str, str | None]] = []
         self.captions: list[list[str]] = []
         self.sizes, self.crops = [(emoji.RESOLUTION, emoji.RESOLUTION)], 1
         for index in self._set.indices()[:max_train_samples]:
             concept, style = self._set.rows[index]
-            for colour in emoji.BACKGROUNDS:
-                if not concept.pair_held_out(colour):
-                    count = captions_on_white if colour == "white" else captions_on_colour
-                    self._rows.append((index, colour))
-                    self.captions.append(emoji.training_captions(concept, style, colour, count))
+            for row in (*self._on_backgrounds(index), *self._in_other_colours(index)):
+                on_ground = captions_on_white if row[1] == "white" else captions_on_colour
+                count = captions_in_colour if row[2] else on_ground
+                self._rows.append(row)
+                self.captions.append(emoji.training_captions(concept, style, row[1], count, row[2]))
         trained = len(self._rows)
         for index in self._set.indices(held_out=True):
-            self._rows.append((index, "white"))
+            self._rows.append((index, "white", None))
             self.captions.append(emoji.captions(*self._set.rows[index])[1:2])
         self.caption_counts = np.array([len(said) for said in self.captions])
         self.held_out = np.arange(len(self._rows)) >= trained
-        on_white = np.array([colour == "white" for _, colour in self._rows])
-        self.repeats = np.where(on_white & ~self.held_out, 6, 1)
+        plain = np.array([row[1:] == ("white", None) for row in self._rows])
+        self.repeats = np.where(plain & ~self.held_out, 18, 1)
         self.size_of = np.zeros(len(self._rows), np.int8)
+
+    def _on_backgrounds(self, index: int) -> Iterator[tuple[int, str, None]]:
+        concept, _ = self._set.rows[index]
+        return ((index, ground, None) for ground in emoji.BACKGROUNDS if not concept.pair_held_out(ground))
+
+    def _in_other_colours(self, index: int) -> Iterator[tuple[int, str, str]]:
+        """On white, and one in three on a coloured background, too."""
+        concept, style = self._set.rows[index]
+        if not self._set.can_be_recoloured(index):
+            return
+        for colour in emoji.COLOURS:
+            if not concept.thing_held_out(colour):
+                yield index, "white", colour
+                grounds = [c for c in emoji.COLOURS if c != colour and not concept.pair_held_out(c)]
+                place = int(fraction("ground", concept.key, style, colour) * 3 * len(grounds))
+                yield from ((index, ground, colour) for ground in grounds[place : place + 1])
 
     def image(self, row: int, crop: int = 0) -> Image.Image:
         """64x64 RGB."""
         return self._set.composite(*self._rows[row])
 
     def digests(self) -> Iterator[bytes]:
-        """SHA-256 of the pixels."""
-        return (hashlib.sha256(self.image(row).tobytes()).digest() for row in range(len(self._rows)))
+        """SHA-256 of the pixels; of an emoji in another colour, of those that it is made from and how."""
+        made_by = inspect.getsource(recolour).encode()  # to make them takes a second for a thousand
+        for row, (index, ground, colour) in enumerate(self._rows):
+            if colour is None:
+                yield hashlib.sha256(self.image(row).tobytes()).digest()
+            else:
+                source = self._set.pictures[index].tobytes() + f"{ground} {colour} {emoji.BACKGROUNDS}".encode()
+                yield hashlib.sha256(source + made_by).digest()
 
     def name(self, row: int) -> str:
         """Emoji, style and background."""
-        index, colour = self._rows[row]
+        index, ground, colour = self._rows[row]
         concept, style = self._set.rows[index]
-        return f"{concept.names[0]} ({style}, {colour})"
+        thing = concept.names[0] if colour is None else f"{colour} {concept.names[0]}"
+        return f"{thing} ({style}, {ground})"
 
 
 # -------------------------------------------------------------------------------------- pictures of one's own

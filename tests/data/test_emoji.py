@@ -99,6 +99,14 @@ def test_training_captions_are_a_fixed_choice(built):
     assert set(emoji.training_captions(cat, "twemoji", "white", 8)) <= set(emoji.captions(cat, "twemoji"))
 
 
+def test_captions_name_the_colour_of_the_thing(built):
+    said = emoji.captions(concept(built, "automobile"), "twemoji", "blue", "orange")
+    assert said[0] == "an orange automobile on a blue background" and "an orange car on a blue background" in said
+    assert not any("red" in caption for caption in said)  # its everyday name "red car" says a colour already
+    assert concept(built, "automobile").names_without_colour[:2] == ("automobile", "car")
+    assert not concept(built, "green apple").names_without_colour
+
+
 def test_colours_are_far_apart():
     """A border pixel must have one clear nearest name."""
     values = np.array(list(emoji.BACKGROUNDS.values()), dtype=float)

@@ -345,10 +345,35 @@ def test_emoji_keep_their_splits():
     assert not any(built.rows[pictures._rows[row][0]][0].held_out for row in trained)
     assert all(built.rows[pictures._rows[row][0]][0].held_out for row in held_out)
     for row in trained:
-        index, colour = pictures._rows[row]
-        assert not built.rows[index][0].pair_held_out(colour)
+        index, ground, colour = pictures._rows[row]
+        concept = built.rows[index][0]
+        assert not concept.pair_held_out(ground) and (colour is None or not concept.thing_held_out(colour))
         assert pictures.image(row).size == (64, 64) and pictures.image(row).mode == "RGB"
-        assert colour == "white" or all(f"on a {colour} background" in caption for caption in pictures.captions[row])
-    white = [row for row in trained if pictures._rows[row][1] == "white"]
-    assert len(white) == 6 and all(pictures.repeats[row] == 6 for row in white)
-    assert all(pictures.repeats[row] == 1 for row in trained if row not in white)
+        said = pictures.captions[row]
+        assert ground == "white" or all(f"on a {ground} background" in caption for caption in said)
+        assert colour is None or all(f"{colour} " in caption for caption in said)
+    plain = [row for row in trained if pictures._rows[row][1:] == ("white", None)]
+    assert len(plain) == 6 and all(pictures.repeats[row] == 18 for row in plain)
+    assert all(pictures.repeats[row] == 1 for row in trained if row not in plain)
+
+
+def test_most_samples_of_the_emoji_are_plain():
+    """A prompt that names no colour means white, and the emoji's own colours."""
+    pictures = EmojiPictures()
+    share = {
+        "plain": sum(pictures.repeats[i] for i, row in enumerate(pictures._rows) if row[1:] == ("white", None)),
+        "in another colour": sum(pictures.repeats[i] for i, row in enumerate(pictures._rows) if row[2]),
+    }
+    total = pictures.repeats.sum()
+    assert share["plain"] / total > 0.45 and 0.15 < share["in another colour"] / total < 0.25
+
+
+def test_digests_of_the_emoji_tell_every_picture_apart():
+    """Two pictures of one digest would share a latent; one of a changed digest is encoded again for nothing."""
+    pictures = EmojiPictures(max_train_samples=6)
+    digests = list(pictures.digests())
+    assert digests == list(EmojiPictures(max_train_samples=6).digests())
+    pixels = [pictures.image(row).tobytes() for row in range(len(digests))]
+    assert len(set(digests)) >= len(set(pixels)) and len(digests) == len(pixels)
+    for row, digest in enumerate(digests):
+        assert (pictures._rows[row][2] is None) == (digest == hashlib.sha256(pixels[row]).digest())
