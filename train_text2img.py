@@ -10,12 +10,12 @@ from functools import partial
 from latentdiff.config.presets import run_training
 from latentdiff.config.train import TrainConfig
 from latentdiff.models.parts import trained_model
+from latentdiff.objectives.choice import objective_of
 from latentdiff.training.checkpoint import saved_extra
 from latentdiff.training.data import load_data
 from latentdiff.training.ema import check_same_ema
 from latentdiff.training.export import finish
 from latentdiff.training.loop import Run, train
-from latentdiff.training.objectives import objective_of
 from latentdiff.training.optimizers import check_same_optimizer
 from latentdiff.training.preflight import say_first_look
 from latentdiff.training.push import BackgroundPush

@@ -26,6 +26,7 @@ class HubServer:
         self.requests, self.lfs_suffix = [], None
         handler = type("Handler", (_Handler,), {"hub": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http.handle_error = lambda *_: None  # of a client that was killed, which is what some tests are about
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def start(self) -> "HubServer":

@@ -2,9 +2,11 @@
 
 An uninterrupted run at toy size is the reference: pictures are cached, trained on, validated, checkpointed at every
 other step and pushed at the end; the averages of two widths leave snapshots. Then the same run, with a cache of its
-own, is started, killed with SIGKILL at a moment drawn between its first sign of life and its end, and resumed with
-`--resume_from_checkpoint latest`, so many times in a row; at last it may finish. Weights, averages and their snapshots,
-optimizer state and loss log must be the reference's to the last bit, and so must what was pushed.
+own, is started, killed with SIGKILL, and resumed with `--resume_from_checkpoint latest`, so many times in a row; at
+last it may finish. The moments are drawn, in turns, from its start to when its settings are written, from there on, and
+from its last checkpoint to its end, while the finished model is saved and pushed. Weights, averages and their
+snapshots, optimizer state and loss log must be the reference's to the last bit, and so must what was pushed; and in the
+output, the cache and the repository no file may be that the reference has not.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from hub_server import TOKEN
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_text2img.py"
 STEPS = 24
+PHASES = ("at the start", "in between", "at the end")
 AVERAGES = ("--ema_sigma_rel", "0.05", "0.1", "--ema_snapshot_steps", "3")
 
 
@@ -63,30 +66,36 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
 
 def stress(folder: Path, model: Path, pictures: Path, hub, *, kills: int, kills_per_run: int, seed: int):
     """Whether every run that was killed ended as the reference did, and how many kills hit a living process."""
-    started = time.monotonic()
-    process = start(folder / "reference", model, pictures, "tester/reference")
-    alive = wait_for_life(folder / "reference", process) - started
+    output = folder / "reference"
+    process = start(output, model, pictures, "tester/reference")
+    times = [time.monotonic(), wait_for_life(output, process), wait_for_the_end(output, process)]
     assert process.wait() == 0
-    lifetime = time.monotonic() - started - alive
-    reference = result(folder / "reference", hub.files("tester/reference"))
+    times.append(time.monotonic())
+    lengths = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    reference = result(output, hub.files("tester/reference"))
 
     moments, done, same, number = random.Random(seed), 0, True, 0
     while done < kills and same:
         output, repo = folder / f"killed-{number}", f"tester/killed-{number}"
-        for _ in range(min(kills_per_run, kills - done)):
+        for turn in range(min(kills_per_run, kills - done)):
             process = start(output, model, pictures, repo)
-            wait_for_life(output, process)
-            moment = moments.uniform(0, lifetime / 2)  # half: what was done before the last kill is not done again
+            phase = PHASES[(number + turn) % len(PHASES)]
+            if phase != "at the start":
+                wait_for_life(output, process)
+            if phase == "at the end":
+                wait_for_the_end(output, process)
+            # Of the middle half: what was done before the last kill is not done again.
+            moment = moments.uniform(0, lengths[PHASES.index(phase)] / (2 if phase == "in between" else 1))
             try:
                 process.wait(moment)  # it was done before: no kill
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 done += 1
-                print(f"kill {done} after {moment:.2f} of {lifetime:.2f} s: {what_is_there(output)}", flush=True)
+                print(f"kill {done} {phase}, after {moment:.2f} s: {what_is_there(output)}", flush=True)
         assert start(output, model, pictures, repo).wait() == 0
         found = result(output, hub.files(repo))
-        differing = [name for name in reference if found.get(name) != reference[name]]
+        differing = [name for name in {**reference, **found} if found.get(name) != reference.get(name)]
         print(f"run {number}: " + (f"DIFFERS in {', '.join(differing)}" if differing else "the same"), flush=True)
         same, number = same and not differing, number + 1
     return same, done
@@ -117,17 +126,32 @@ def wait_for_life(output: Path, process: Forked) -> float:
     return time.monotonic()
 
 
+def wait_for_the_end(output: Path, process: Forked) -> float:
+    """Until the last checkpoint is there; the time then."""
+    while process.poll() is None and not (output / f"checkpoint-{STEPS}").exists():
+        time.sleep(0.005)
+    return time.monotonic()
+
+
 def what_is_there(output: Path) -> str:
+    if not output.is_dir():
+        return "nothing"
     return ", ".join(sorted(path.name for path in output.iterdir() if not path.name.endswith(".yaml"))) or "nothing"
 
 
 def result(output: Path, pushed: dict[str, bytes]) -> dict[str, str]:
-    """Name -> digest of everything that a run is for. Optimizer state by its tensors: the file also holds names."""
+    """Name -> digest of everything that a run is for, and of any other file that it is there. Optimizer state by its
+    tensors: the file also holds names."""
     import torch
 
-    found = {}
-    for path in sorted(output.rglob("*")):
+    found = {f"pushed {name}": "there" for name in pushed}
+    # How the cache is divided into shards is a matter of time; what a killed run was writing there goes after an hour.
+    for path in output.with_name(f"{output.name}-cache").rglob("[!.]*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            found[f"cached {path.name}"] = "there"
+    for path in sorted(path for path in output.rglob("*") if path.is_file()):
         name = path.relative_to(output).as_posix()
+        found[name] = "there"
         if path.suffix in (".safetensors", ".png") or path.name in ("model_index.json", "scheduler_config.json"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "optimizer.bin":

@@ -23,10 +23,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "public": {"models", "pipelines", "diffusion"},
     "data": {"utils", "config", "models"},
     "distributed": {"utils", "config"},
-    "training": {"data", "distributed", "models", "config", "diffusion", "pipelines", "public", "utils"},
+    "objectives": {"data", "models", "config", "diffusion", "pipelines", "public", "utils"},
     "inference": {"models", "config", "diffusion", "pipelines", "public", "utils"},
     "cli": {"config", "utils"},
 }
+MAY_IMPORT["training"] = {"objectives", "distributed"} | MAY_IMPORT["objectives"]
 MAY_IMPORT["evaluation"] = {"inference", "training"} | MAY_IMPORT["inference"] | MAY_IMPORT["training"]
 MAY_IMPORT["emoji64"] = {"evaluation"} | MAY_IMPORT["evaluation"]
 

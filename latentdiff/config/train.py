@@ -206,7 +206,8 @@ class TrainConfig:
     validation_guidance_scale: float = 4.0
     """Guidance of the validation pictures."""
     report_to: str = "tensorboard"
-    """Tracker, as accelerate names it; "none" for no tracker."""
+    """Tracker of the settings, curves and validation pictures, as accelerate names it (wandb, mlflow, …); "none" for
+    no tracker. What it gets stands in the output folder, too."""
     logging_steps: int = 50
     """Optimizer steps between logged losses."""
     save_dtype: Literal["fp32", "fp16"] = "fp32"

@@ -18,9 +18,9 @@ from ..config.train import TrainConfig
 from ..data import emoji
 from ..evaluation.ema import SWEEP
 from ..evaluation.report import CURVE, NUMBERS, read_numbers, rows
+from ..objectives.choice import objective_of
+from ..objectives.tasks import task_of
 from ..training.card import training_command
-from ..training.objectives import objective_of
-from ..training.tasks import task_of
 from ..utils.errors import ConfigError
 from ..utils.files import packaged_checkpoint
 from ..utils.flags import run_cli

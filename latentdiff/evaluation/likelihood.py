@@ -24,7 +24,7 @@ from ..inference.recipe import folder_ingredient
 from ..models.latents import encode_moments, sample_latents, to_pixels
 from ..models.loading import unet_class
 from ..models.parts import FrozenParts, encode_prompt, in_eval_mode
-from ..training.prediction import predict
+from ..objectives.prediction import predict
 from ..utils import randomness
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import folder_sha256, write_whole

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..config.presets import PRESETS
 from ..config.train import TrainConfig
 from ..data import emoji
+from ..objectives.choice import OBJECTIVES, objective_of
+from ..objectives.tasks import task_of
 from ..utils.files import packaged_checkpoint
 from ..utils.model_card import model_card
-from .objectives import OBJECTIVES, objective_of
-from .tasks import task_of
 
 # Where files lay on the machine of the run says nothing to others.
 _OF_THE_MACHINE = {"output_dir", "cache_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"}

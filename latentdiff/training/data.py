@@ -19,11 +19,11 @@ from ..data.survey import survey
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.latents import downsampling_factor
 from ..models.parts import FrozenParts
+from ..objectives.choice import objective_of
+from ..objectives.tasks import task_of
 from ..utils.errors import ConfigError
 from ..utils.files import cache_folder
 from .held_out import HeldOutLoss
-from .objectives import objective_of
-from .tasks import task_of
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..distributed.fsdp import whole_network
 from ..models.lora import has_lora, save_lora
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
+from ..objectives.choice import objective_of
 from ..pipelines.portable_saving import code_files
 from ..public import LatentDiffPipeline
 from ..utils.files import give_usual_mode
 from ..utils.hub import push_folder
 from .card import repo_name, write_card
 from .ema import EMA, PowerEMAs
-from .objectives import objective_of
 
 
 def as_pipeline(

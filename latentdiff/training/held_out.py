@@ -16,8 +16,8 @@ from ..diffusion.losses import denoising_loss, training_target
 from ..diffusion.noise_schedule import predict_x0_and_epsilon
 from ..models.latents import inpainting_conditions, sample_latents
 from ..models.parts import UNetWithTextEncoder, in_eval_mode
+from ..objectives.prediction import predict
 from ..utils import randomness
-from .prediction import predict
 
 TIMESTEPS_PER_PICTURE = 8
 # Noise levels that the schedules in use reach, as log-SNR: from next to nothing of the picture to next to no noise.

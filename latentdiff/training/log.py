@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..config.train import TrainConfig
+from .trackers import log_values
 
 
 class RunLog:
@@ -26,7 +27,7 @@ class RunLog:
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Add `values` after optimizer step number `step`."""
-        self._accelerator.log(values, step=step)
+        log_values(self._accelerator, values, step)
         if self._accelerator.is_main_process:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")

@@ -15,10 +15,10 @@ from ..config.train import TrainConfig
 from ..data.batches import Batches
 from ..distributed.deepspeed import is_zero
 from ..models.parts import networks_of
+from ..objectives.objective import Objective
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights_as_diffusers_does, saved_extra
 from .ema import EMA, EMASnapshots, PowerEMAs, make_ema
 from .log import Progress, RunLog
-from .objectives import Objective
 from .optimizers import make_optimizer, make_weight_norm
 from .push import BackgroundPush
 from .run_folder import RunFolder

@@ -26,9 +26,10 @@ from ..data.survey import REJECTED, left_out
 from ..models.latents import encode_moments, psnr, to_pixels
 from ..models.loading import hide_loading_bars
 from ..models.parts import FrozenParts, trained_model
+from ..objectives.choice import objective_of
+from ..objectives.objective import Objective
 from .data import Data, load_data
 from .ema import snapshot_steps
-from .objectives import Objective, objective_of
 from .optimizers import make_optimizer, state_bytes
 from .setup import load_networks, make_accelerator, make_output_dir, optimizer_steps
 

@@ -21,12 +21,12 @@ from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.lora import has_lora
 from ..models.parts import FrozenParts
+from ..objectives.choice import objective_of
 from ..pipelines.portable_saving import write_code
 from ..utils.errors import ConfigError, first_line
 from ..utils.hub import PushError, open_repo, pull_folder, push_folder
 from .card import repo_name
 from .export import as_pipeline, pushed_files, settle_configurations
-from .objectives import objective_of
 
 
 def _link(source: str, target: str) -> None:

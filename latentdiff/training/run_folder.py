@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..config.train import TrainConfig
 from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..utils.errors import ConfigError, first_line
-from ..utils.files import write_whole
+from ..utils.files import remove_asides, write_whole
 from .checkpoint import list_checkpoints, remove_checkpoint, resolve_checkpoint, saved_extra
 
 LOCK, RUN = ".lock", "run.json"
@@ -81,6 +81,7 @@ class RunFolder:
     def _hold(self) -> None:
         try:
             self._lock.acquire()
+            remove_asides(self._folder)
         except Timeout:
             raise ConfigError(
                 f"output_dir: another run is writing to {self._config.output_dir!r} (process {self._said('process')})"

@@ -21,10 +21,11 @@ from ..models.lora import add_lora
 from ..models.mp_unet import MPUNet2DConditionModel
 from ..models.parts import FrozenParts, with_trained_text_encoder
 from ..models.unet import UNet, build_unet, compile_blocks, use_fast_attention, widen_input
+from ..objectives.choice import objective_of
+from ..objectives.tasks import task_of
 from ..pipelines.portable_saving import keep_code
 from ..utils.errors import ConfigError, first_line
-from .objectives import objective_of
-from .tasks import task_of
+from .trackers import start_tracker
 
 
 def start(config: TrainConfig) -> Accelerator:
@@ -54,10 +55,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator that the settings ask for, with its tracker started.
 
     Raises:
-        ConfigError: the precision or the way to shard is not to be had here, or the tracker is unknown.
+        ConfigError: the precision, the way to shard or the tracker is not to be had here.
     """
     fsdp, zero = sharding_plugin(config), zero_plugin(config)
-    tracker, output_dir = None if config.report_to == "none" else config.report_to, config.output_dir
+    output_dir = config.output_dir
     try:
         accelerator = ShardingAccelerator(
             # Not as a number, which one of the launcher's, meant for DeepSpeed, would silently replace.
@@ -65,17 +66,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             fsdp_plugin=fsdp,
             deepspeed_plugin=zero,
-            log_with=tracker,
+            log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         )
-        if tracker:
-            accelerator.init_trackers("latentdiff")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"mixed_precision or report_to: {first_line(error)}") from None
     if fsdp and not accelerator.is_fsdp2:
         raise ConfigError("accelerate's use_fsdp: there are no GPUs, or no processes of its launcher, to shard over")
     if zero and not is_zero(accelerator):
         raise ConfigError("accelerate's use_deepspeed: there are no GPUs, or no processes of its launcher")
+    start_tracker(config, accelerator)
     return accelerator
 
 

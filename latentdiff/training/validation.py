@@ -12,13 +12,14 @@ from ..config.train import TrainConfig
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..distributed.fsdp import is_sharded, parts_put_back
 from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
+from ..objectives.choice import objective_of
+from ..objectives.tasks import task_of
 from ..pipelines.latent_pipeline import NotFinite
 from .data import Data
 from .ema import EMA, PowerEMAs
 from .export import as_pipeline
 from .log import RunLog
-from .objectives import objective_of
-from .tasks import task_of
+from .trackers import log_picture
 
 
 class Validation:
@@ -75,10 +76,6 @@ class Validation:
         if grid is None or not self._accelerator.is_main_process:
             return
         self._folder.mkdir(exist_ok=True)
-        grid.save(self._folder / f"step-{done:07d}.png")
-        for tracker in self._accelerator.trackers:
-            if tracker.name == "tensorboard":
-                picture = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
-                tracker.writer.add_image(
-                    "validation", picture.view(grid.height, grid.width, 3), done, dataformats="HWC"
-                )
+        path = self._folder / f"step-{done:07d}.png"
+        grid.save(path)
+        log_picture(self._accelerator, grid, path, done)

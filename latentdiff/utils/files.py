@@ -38,6 +38,13 @@ def write_whole(path: str | os.PathLike, content: bytes, aside: Path | None = No
         raise
 
 
+def remove_asides(folder: Path) -> None:
+    """Remove what killed processes were writing by `write_whole` in a folder that this one alone writes to."""
+    for path in folder.glob(".*"):
+        if path.suffix[1:].isdigit() and path.is_file():
+            path.unlink()
+
+
 def give_usual_mode(written: Path) -> None:
     """Give a file, or what lies in a folder, the mode that the umask says: safetensors writes for the owner alone."""
     folder = written if written.is_dir() else written.parent

@@ -17,7 +17,7 @@ from latentdiff import LatentDiffPipeline
 from latentdiff.config.train import TrainConfig
 from latentdiff.models.loading import load_frozen
 from latentdiff.models.parts import fingerprint
-from latentdiff.training.tasks import validation_pictures
+from latentdiff.objectives.tasks import validation_pictures
 from latentdiff.utils.errors import ConfigError
 from tests.end_to_end.test_train_text2img import batch_of, draws, losses, parameters, weights
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import kill_stress
-from latentdiff.training import objectives
+from latentdiff.objectives import denoising
 from tests.conftest import _HUB
 from tests.end_to_end.test_train_text2img import checkpoints, draws, losses, parameters, weights
 
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
     accumulation = changes.get("gradient_accumulation_steps", 1)
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
 
-    real, calls = objectives.training_loss, []
+    real, calls = denoising.training_loss, []
 
     def killed(*args):
         calls.append(1)
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(objectives, "training_loss", killed)
+    monkeypatch.setattr(denoising, "training_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(output_dir=str(tmp_path / "killed"), **changes)
     monkeypatch.undo()
@@ -99,7 +99,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_to_the_last_bit(
     changes = {"logging_steps": 4, "checkpointing_steps": 4}
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
 
-    real, calls = objectives.training_loss, []
+    real, calls = denoising.training_loss, []
 
     def interrupted(*args):
         calls.append(1)
@@ -107,7 +107,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_to_the_last_bit(
             os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(objectives, "training_loss", interrupted)
+    monkeypatch.setattr(denoising, "training_loss", interrupted)
     with pytest.raises(SystemExit) as left:
         train(output_dir=str(tmp_path / "stopped"), **changes)
     monkeypatch.undo()

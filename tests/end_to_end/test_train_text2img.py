@@ -16,7 +16,7 @@ from latentdiff.config.presets import run_training
 from latentdiff.config.train import TrainConfig
 from latentdiff.models.loading import load_frozen, load_unet
 from latentdiff.models.parts import fingerprint
-from latentdiff.training import objectives
+from latentdiff.objectives import denoising
 from latentdiff.training.data import load_data
 from latentdiff.training.setup import learning_rate_at, load_networks, optimizer_steps
 from latentdiff.utils.errors import ConfigError
@@ -209,13 +209,13 @@ def test_objectives_that_contradict_each_other_are_refused(train, changes, named
 
 def test_a_run_that_diverges_stops_and_keeps_the_last_checkpoint(script, settings, tmp_path, monkeypatch, capsys):
     """NaN weights would be trained on for days, and saved over the good ones."""
-    real, calls = objectives.training_loss, []
+    real, calls = denoising.training_loss, []
 
     def spoilt(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(objectives, "training_loss", spoilt)
+    monkeypatch.setattr(denoising, "training_loss", spoilt)
     flags = {**settings, "checkpointing_steps": 2, "max_train_steps": 6}
     TrainConfig(**flags).save(tmp_path / "run.yaml")
     with pytest.raises(SystemExit) as stopped:

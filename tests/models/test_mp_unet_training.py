@@ -19,7 +19,7 @@ from latentdiff.models.mp_layers import (
     filter_norms,
 )
 from latentdiff.models.unet import build_unet
-from latentdiff.training.objectives import training_loss
+from latentdiff.objectives.denoising import training_loss
 from latentdiff.training.optimizers import ForcedWeightNorm
 from latentdiff.training.setup import learning_rate_at, load_networks
 from latentdiff.utils.errors import ConfigError

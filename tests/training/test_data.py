@@ -15,7 +15,8 @@ from forked import Forked
 from latentdiff import LatentDiffPipeline
 from latentdiff.config.train import TrainConfig
 from latentdiff.data import entry_store, latent_cache
-from latentdiff.training import data, objectives
+from latentdiff.objectives import denoising
+from latentdiff.training import data
 from latentdiff.utils.errors import ConfigError, RunStopped
 from tests.end_to_end.test_command_line import flags
 from tests.end_to_end.test_train_text2img import losses, weights
@@ -167,9 +168,9 @@ def test_buckets_resume_to_the_last_bit(train, script, shapes, tmp_path, monkeyp
 def test_the_shapes_that_are_trained(train, script, shapes, monkeypatch, capsys):
     """Pictures would be squeezed, cropped more than they must, or a step mix two sizes."""
     seen = []
-    real = objectives.denoising_loss
+    real = denoising.denoising_loss
     monkeypatch.setattr(
-        objectives, "denoising_loss", lambda out, target: (seen.append(tuple(out.shape[2:])), real(out, target))[1]
+        denoising, "denoising_loss", lambda out, target: (seen.append(tuple(out.shape[2:])), real(out, target))[1]
     )
     train(train_data_dir=str(shapes), aspect_ratio_buckets=True, resolution=48, max_train_steps=20)
     # multiples of 8 with about the area of 48 x 48: 56 x 40 (1.4) is nearest to 60 x 40; a latent is 4 pixels wide

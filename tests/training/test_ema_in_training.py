@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from latentdiff.config.train import TrainConfig
 from latentdiff.diffusion.posthoc_ema import SNAPSHOTS, gamma_of, list_snapshots, snapshot_path
-from latentdiff.training import objectives
+from latentdiff.objectives import denoising
 from latentdiff.training.ema import PowerEMA, PowerEMAs, check_same_ema, make_ema
 from latentdiff.utils.errors import ConfigError
 from tests.end_to_end.test_train_text2img import weights
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
     """An average would start anew, or snapshots of what a killed run did after its checkpoint be taken for its own."""
     changes = {"ema_sigma_rel": WIDTHS, "ema_snapshot_steps": 1, "checkpointing_steps": 2}
     whole = train(output_dir=str(tmp_path / "whole"), **changes)
-    real, calls = objectives.training_loss, []
+    real, calls = denoising.training_loss, []
 
     def killed(*args):
         calls.append(1)
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(script, train, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(objectives, "training_loss", killed)
+    monkeypatch.setattr(denoising, "training_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(output_dir=str(tmp_path / "killed"), **changes)
     monkeypatch.undo()

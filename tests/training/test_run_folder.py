@@ -50,7 +50,7 @@ def test_nothing_is_lost_before_the_new_run_has_a_checkpoint(train, monkeypatch)
     folder = train(**SHORT, max_train_steps=4, ema_sigma_rel=(0.05,), ema_snapshot_steps=2)
     snapshots = sorted(path.name for path in (folder / "ema_snapshots").iterdir())
     log = (folder / "log.jsonl").read_text()
-    train_loss = "latentdiff.training.objectives.training_loss"
+    train_loss = "latentdiff.objectives.denoising.training_loss"
 
     def fails(*_):
         raise KeyboardInterrupt
@@ -104,3 +104,13 @@ def test_an_empty_configuration_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("\n")
     with pytest.raises(ConfigError, match="run.yaml' is empty"):
         read_config(str(tmp_path / "run.yaml"))
+
+
+def test_what_a_killed_run_was_writing_is_removed(train, tmp_path):
+    """Its process is gone, and nobody else would know whose it is."""
+    folder = train(**SHORT, max_train_steps=2)
+    (folder / ".train_config.yaml.123456").write_text("half of")
+    (folder / ".mode.123456").touch()
+    (folder / ".gitattributes").touch()
+    train(**SHORT, max_train_steps=4, resume_from_checkpoint="latest")
+    assert sorted(path.name for path in folder.glob(".*")) == [".gitattributes", LOCK]

@@ -13,9 +13,9 @@ from latentdiff.data.masks import masked_examples
 from latentdiff.diffusion.losses import denoising_loss
 from latentdiff.models.parts import fingerprint
 from latentdiff.models.unet import widen_input
+from latentdiff.objectives.tasks import inpainted_pictures, validation_pictures
 from latentdiff.training.ema import EMA
 from latentdiff.training.held_out import TIMESTEPS_PER_PICTURE, HeldOutLoss
-from latentdiff.training.tasks import inpainted_pictures, validation_pictures
 from latentdiff.utils.grid import labelled_grid
 from tiny import tiny_components
 

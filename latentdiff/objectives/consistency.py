@@ -1,5 +1,4 @@
-"""What a run minimises: the denoising loss, or that of a consistency model, with a teacher or without one (see
-`diffusion.consistency`). All that follows from it, scheduler, inputs, pictures, words, is said here, too."""
+"""The losses of a consistency model, with a teacher or without one (see `diffusion.consistency`)."""
 
 from dataclasses import fields
 from typing import Any
@@ -7,7 +6,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..config.train import TrainConfig
 from ..data.batches import Batch
 from ..data.latent_cache import HiddenStates
 from ..diffusion.consistency import (
@@ -18,127 +16,13 @@ from ..diffusion.consistency import (
     neighbours,
     pseudo_huber,
 )
-from ..diffusion.losses import denoising_loss, min_snr_weight, training_target
 from ..diffusion.noise_schedule import predict_x0_and_epsilon, signal_and_noise_levels
 from ..diffusion.scheduling_consistency import ConsistencyScheduler, solver_timesteps
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet import UNet, add_guidance_input
+from .objective import Objective
 from .prediction import network_for, predict
 from .teacher import load_teacher
-
-Scheduler = DDPMScheduler | ConsistencyScheduler
-
-
-class Objective:
-    """What a run minimises. A new one is a subclass and a line in `OBJECTIVES`.
-
-    It is made of the settings alone and says what follows from them; `prepare` comes before the first loss.
-    """
-
-    draws_in_few_steps = False
-    """Whether the result is a consistency model, which draws in one to eight steps."""
-    denoises = True
-    """Whether the denoising loss of held-out pictures says how well it goes."""
-    preset: str | None = None
-    """The preset that runs of this kind begin from, where it is one of its own."""
-    name = "epsilon loss"
-    """What a plot of the loss says beside its axis."""
-    sampler = "DDIM"
-    """What draws a run's pictures, in words."""
-
-    def __init__(self, config: TrainConfig):
-        self.config = config
-
-    def scheduler(self, schedule: DDPMScheduler) -> Scheduler:
-        """The scheduler of what is trained on a noise schedule."""
-        return schedule
-
-    def add_inputs(self, unet: UNet) -> None:
-        """Give the UNet the inputs that it needs for this."""
-
-    @property
-    def guidance_range(self) -> tuple[float, float] | None:
-        """What guidance scales each batch draws from evenly, where it has any."""
-        return None
-
-    def prepare(
-        self,
-        accelerator: Accelerator,
-        scheduler: Scheduler,
-        unet: UNet,
-        hidden_states: HiddenStates | None,
-        total_steps: int,
-    ) -> None:
-        """Load what the loss needs beside the model.
-
-        Args:
-            unet: that is trained, before it is wrapped.
-            hidden_states: of the captions, where the text encoder is frozen.
-
-        Raises:
-            ConfigError: that cannot be loaded.
-        """
-        self._scheduler = scheduler
-
-    def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
-        """The loss of each sample (B,).
-
-        Args:
-            model: as prepared by accelerate.
-            step: optimizer steps done before.
-        """
-        raise NotImplementedError
-
-    # Pictures and words
-
-    def drawing(self) -> dict[str, Any]:
-        """Steps and guidance of a run's pictures."""
-        return {
-            "num_inference_steps": self.config.validation_inference_steps,
-            "guidance_scale": self.config.validation_guidance_scale,
-        }
-
-    def sampler_in_words(self, num_inference_steps: int, guidance_scale: float) -> str:
-        """For a card."""
-        return f"{self.sampler}, {num_inference_steps} steps, {self.guidance_in_words(guidance_scale)}."
-
-    def guidance_in_words(self, guidance_scale: float) -> str:
-        """A part of `sampler_in_words`."""
-        return f"guidance {guidance_scale:g}"
-
-
-# ---- the denoising loss ----------------------------------------------------------------------------------------------
-
-
-class Denoising(Objective):
-    """The weighted squared error of what the UNet predicts."""
-
-    def __call__(self, model: torch.nn.Module, batch: Batch, step: int) -> torch.Tensor:
-        """See `training_loss`."""
-        return training_loss(model, self._scheduler, batch, self.config)
-
-
-def training_loss(model: torch.nn.Module, scheduler, batch: Batch, config: TrainConfig) -> torch.Tensor:
-    """The weighted loss of each sample of a batch in what the UNet predicts -> (B,).
-
-    Where the UNet learns its uncertainty u of each noise level, loss / exp(u) + u (arXiv 2312.02696, eq. 21): at its
-    least u is the logarithm of the loss there, so that all levels count the same.
-
-    Args:
-        model: the UNet, or one with a text encoder in front of it, for batches without hidden states.
-    """
-    noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    output = predict(model, batch, noisy_latents, batch.timesteps)
-    kind, abar = scheduler.config.prediction_type, scheduler.alphas_cumprod
-    losses = denoising_loss(output.sample, training_target(kind, batch.latents, batch.noise, abar, batch.timesteps))
-    if (u := getattr(output, "log_variance", None)) is not None:
-        losses = losses / u.exp() + u
-    if config.snr_gamma is not None:
-        losses = losses * min_snr_weight(abar, batch.timesteps, config.snr_gamma, kind)
-    return losses
-
-
-# ---- consistency models ----------------------------------------------------------------------------------------------
 
 
 class Consistency(Objective):
@@ -298,16 +182,3 @@ def consistency_loss(
     with torch.no_grad():
         target = consistency_function(student, scheduler.alphas_cumprod, kind, *neighbour)
     return pseudo_huber(consistency_function(student, scheduler.alphas_cumprod, kind, *at), target)
-
-
-OBJECTIVES: dict[str | None, type[Objective]] = {
-    None: Denoising,
-    "distillation": Distillation,
-    "trajectories": TrajectoryDistillation,
-    "training": ConsistencyTraining,
-}
-
-
-def objective_of(config: TrainConfig) -> Objective:
-    """What the settings ask for."""
-    return OBJECTIVES[config.consistency](config)

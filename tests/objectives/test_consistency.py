@@ -18,9 +18,9 @@ from latentdiff.config.train import TrainConfig
 from latentdiff.data.batches import Batch
 from latentdiff.diffusion.consistency import ddim_trajectory
 from latentdiff.models.unet import add_guidance_input
-from latentdiff.training import objectives
-from latentdiff.training.objectives import TrajectoryDistillation
-from latentdiff.training.teacher import Teacher
+from latentdiff.objectives import consistency
+from latentdiff.objectives.consistency import TrajectoryDistillation
+from latentdiff.objectives.teacher import Teacher
 from latentdiff.utils.errors import ConfigError
 from tiny import tiny_components
 
@@ -125,7 +125,7 @@ def test_validation_draws_without_guidance_what_has_it_inside(train, monkeypatch
         asked.append((num_inference_steps, guidance_scale))
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr("latentdiff.training.tasks.validation_pictures", draw)
+    monkeypatch.setattr("latentdiff.objectives.tasks.validation_pictures", draw)
     for guidance in ((3.0,), (1.0, 3.0)):
         train(**DISTILL, max_train_steps=1, consistency_guidance=guidance, validation_prompts=("a cat",))
     assert asked == [(4, 1.0), (4, TrainConfig.validation_guidance_scale)]
@@ -186,7 +186,7 @@ def test_the_student_of_trajectories_answers_with_their_ends(settings, tiny_pipe
         scheduler = ConsistencyScheduler(original_inference_steps=4, prediction_type=kind)
         abar = scheduler.alphas_cumprod
         taught = Teacher(teacher, "epsilon", None, empty)
-        monkeypatch.setattr(objectives, "load_teacher", lambda *_, taught=taught: taught)
+        monkeypatch.setattr(consistency, "load_teacher", lambda *_, taught=taught: taught)
         objective = TrajectoryDistillation(TrainConfig(consistency="trajectories", unet="pretrained"))
         objective.prepare(accelerator, scheduler, teacher, lambda rows, choices: empty, total_steps=1)
         grid = [249, 499, 749, 999]
