@@ -4,6 +4,7 @@ Nothing here imports torch or diffusers, so that `--help`, completion and a mist
 """
 
 import importlib
+import inspect
 import re
 import sys
 from typing import Annotated, Any, Union
@@ -21,10 +22,13 @@ from .config.commands import (
     Retrieval,
     Serve,
     SweepEma,
+    Train,
 )
 from .config.drawing import Edit, Generate, Interpolate, Redraw
-from .config.presets import parse_train_config
-from .utils.flags import parse_flags, user_errors
+from .config.presets import FLAT, TrainFlags, parse_train_config
+from .utils.errors import ConfigError
+from .utils.flags import COMPLETION, parse_flags, user_errors
+from .utils.suggestions import perhaps
 
 DESCRIPTION = """Draw with a latent diffusion model, edit, measure what it draws, and share it.
 
@@ -52,6 +56,7 @@ COMMANDS = {
     Likelihood: "evaluation.likelihood",
     ReconstructEma: "evaluation.ema",
     SweepEma: "evaluation.ema",
+    Train: "training.text2img",
     Check: "training.preflight",
 }
 
@@ -61,19 +66,36 @@ def command_name(kind: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()
 
 
+# These take the settings of a run, over a preset or a file.
+SETTINGS_OF_A_RUN = (Train, Check)
 NAMES = {command_name(kind): kind for kind in COMMANDS}
 STYLE = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
-def parse(argv: list[str] | None = None) -> Any:
-    """The command that `argv` (by default the process's own) asks for."""
+def parse(argv: list[str] | None = None) -> tuple[str, Any]:
+    """The name of the command that `argv` (by default the process's own) asks for, and what its function is given.
+
+    Raises:
+        ConfigError: there is no such command, or it is given what it does not take.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:  # its flags stand over a preset or a file, as in training
-        return Check(config=parse_train_config(argv[1:], prog="latentdiff check"))
-    if argv and argv[0] in NAMES:
-        return parse_flags(NAMES[argv[0]], argv[1:], prog=f"latentdiff {argv[0]}", config=STYLE)
-    brief = [Annotated[kind, tyro.conf.subcommand(description=_summary(kind))] for kind in COMMANDS]
-    return parse_flags(Union[tuple(brief)], argv, prog="latentdiff", description=DESCRIPTION, config=STYLE)  # noqa: UP007
+    name, prog = next(iter(argv), ""), f"latentdiff {next(iter(argv), '')}"
+    if name in NAMES and NAMES[name] in SETTINGS_OF_A_RUN:
+        return name, parse_train_config(argv[1:], prog=prog, description=inspect.getdoc(NAMES[name]))
+    if name in NAMES:
+        return name, parse_flags(NAMES[name], argv[1:], prog=prog, config=STYLE)
+    if name in ("-h", "--help") or name.replace("_", "-") in COMPLETION:
+        kinds = [
+            Annotated[_flags(kind), tyro.conf.subcommand(command_name(kind), description=_summary(kind))]
+            for kind in COMMANDS
+        ]
+        parse_flags(Union[tuple(kinds)], argv, prog="latentdiff", description=DESCRIPTION, config=STYLE + FLAT)  # noqa: UP007
+    unknown = f"there is no command {name}{perhaps(name, NAMES)}; the commands are" if name else "give a command:"
+    raise ConfigError(f"{unknown} {', '.join(NAMES)}")
+
+
+def _flags(kind: type) -> type:
+    return TrainFlags if kind in SETTINGS_OF_A_RUN else kind
 
 
 def _summary(kind: type) -> str:
@@ -83,9 +105,9 @@ def _summary(kind: type) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run a command; a user's mistake (ConfigError) is one line on stderr and status 2."""
     with user_errors():
-        command = parse(argv)
-        module = importlib.import_module(f".{COMMANDS[type(command)]}", __package__)
-        getattr(module, command_name(type(command)).replace("-", "_"))(command)
+        name, settings = parse(argv)
+        module = importlib.import_module(f".{COMMANDS[NAMES[name]]}", __package__)
+        getattr(module, name.replace("-", "_"))(settings)
 
 
 if __name__ == "__main__":

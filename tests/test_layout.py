@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"data", "models", "config", "diffusion", "pipelines", "public", "utils"},
     "inference": {"models", "config", "diffusion", "pipelines", "public", "utils"},
     "cli": {"config", "utils"},
+    "train": {"cli"},
 }
 MAY_IMPORT["training"] = {"objectives", "distributed"} | MAY_IMPORT["objectives"]
 MAY_IMPORT["evaluation"] = {"inference", "training"} | MAY_IMPORT["inference"] | MAY_IMPORT["training"]

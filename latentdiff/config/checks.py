@@ -18,7 +18,7 @@ def check(config: Settings) -> None:
     Raises:
         ConfigError: the first that makes no sense.
     """
-    _check_types(config)
+    check_types(config)
     _check_ranges(config)
     _check_data(config)
     _check_schedules(config)
@@ -171,7 +171,7 @@ def _check_lora(config: Settings) -> None:
         raise ConfigError(f"lora_alpha: {config.lora_alpha} is not above 0")
 
 
-def _check_types(config: Settings) -> None:
+def check_types(config: Settings) -> None:
     """The command line checks its own values; those of a file or of a program are checked here."""
     for name, kind in get_type_hints(type(config)).items():
         value, choices = getattr(config, name), get_args(kind)

@@ -10,7 +10,6 @@ import tyro
 from ..utils.errors import ConfigError
 from .checks import at_least_1, within
 from .drawing import Command, Drawing
-from .train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,11 +241,19 @@ class Pull:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train on the embedded emoji or on one's own captioned pictures.
+
+    latentdiff train --preset finetune --pretrained_model_name_or_path MODEL --train_data_dir my_pictures
+
+    `accelerate launch -m latentdiff.train …` does so on any number of processes.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
-    """Look before training: takes every flag of train_text2img.py (which `latentdiff check --help` lists) and says
-    what it finds in pictures, captions, VAE, disk, time and memory.
+    """Look before training: takes every flag of `latentdiff train`, and says what it finds in pictures, captions, VAE,
+    disk, time and memory.
 
     latentdiff check --train_data_dir my_pictures
     """
-
-    config: tyro.conf.Suppress[TrainConfig | None] = None

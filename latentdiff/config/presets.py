@@ -1,18 +1,52 @@
 """A run's settings from the command line, over those of a preset or of a YAML file."""
 
-import argparse
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import tyro
 import yaml
 
 from ..utils.errors import ConfigError, first_line
 from ..utils.flags import parse_flags, user_errors
+from ..utils.suggestions import perhaps
 from ..utils.text import NotText, decoded
 from .checks import ADAFACTOR_LACKS
-from .train import TrainConfig
+from .train import (
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimisationSettings,
+    ResultSettings,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetSettings:
+    """A preset or a file of settings, which the flags below change."""
+
+    preset: str = "emoji64"
+    """Settings for a purpose: emoji64, demo, finetune or distill."""
+    config: str | None = None
+    """A YAML file of settings, over those of the preset, such as the train_config.yaml of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """The command line of a run, in groups; its flags are the names of the settings."""
+
+    preset: PresetSettings
+    model: ModelSettings
+    data: DataSettings
+    objective: ObjectiveSettings
+    optimisation: OptimisationSettings
+    result: ResultSettings
+
+
+FLAT = (tyro.conf.OmitArgPrefixes,)
 
 
 def run_training(main: Callable[[TrainConfig], None], argv: list[str] | None = None) -> None:
@@ -21,28 +55,53 @@ def run_training(main: Callable[[TrainConfig], None], argv: list[str] | None = N
         main(parse_train_config(argv))
 
 
-def parse_train_config(argv: list[str] | None = None, prog: str | None = None) -> TrainConfig:
+def parse_train_config(
+    argv: list[str] | None = None, prog: str | None = None, description: str | None = None
+) -> TrainConfig:
     """Flags over a config file over a preset over the defaults.
 
     Raises:
         ConfigError: an unknown preset, an unreadable file, or settings that make no sense together.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="emoji64")
-    first.add_argument("--config")
-    first.add_argument("--optimizer")  # decides which of a preset's settings hold
-    chosen, rest = first.parse_known_args(argv)
-    given = read_config(chosen.config) if chosen.config else {}
-    if chosen.optimizer is not None:
-        given["optimizer"] = chosen.optimizer
-    values = preset(chosen.preset, given.get("optimizer", TrainConfig.optimizer)) | given
-    return parse_flags(
-        TrainConfig,
-        rest,
-        default=TrainConfig(**values),
+    start = _first_look(argv)
+    given = read_config(start.config) if start.config else {}
+    if start.optimizer is not None:
+        given["optimizer"] = start.optimizer
+    values = preset(start.preset, given.get("optimizer", TrainConfig.optimizer)) | given
+    flags = parse_flags(
+        TrainFlags,
+        argv,
+        default=_grouped(start, values),
         prog=prog,
-        description=f"{TrainConfig.__doc__}\n\n--preset NAME and --config FILE set what the flags then change.",
+        description=description or TrainConfig.__doc__,
+        config=FLAT,
+        use_underscores=True,
     )
+    groups = [getattr(flags, group.name) for group in fields(flags) if group.name != "preset"]
+    return TrainConfig(**{one.name: getattr(group, one.name) for group in groups for one in fields(group)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _First(PresetSettings):
+    optimizer: str | None = None
+    """It decides which of a preset's settings hold."""
+
+
+def _first_look(argv: list[str] | None) -> _First:
+    """What has to be known before the other flags have defaults."""
+    try:
+        return tyro.cli(_First, args=argv, return_unknown_args=True, console_outputs=False, add_help=False)[0]
+    except SystemExit:  # one of them lacks its value, which is said when all flags are parsed
+        return _First()
+
+
+def _grouped(start: _First, values: dict) -> TrainFlags:
+    kinds = {name: kind for name, kind in get_type_hints(TrainFlags).items() if name != "preset"}
+    groups = {
+        name: kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})
+        for name, kind in kinds.items()
+    }
+    return TrainFlags(preset=PresetSettings(preset=start.preset, config=start.config), **groups)
 
 
 # What differs from the defaults.
@@ -92,9 +151,10 @@ def read_config(path: str) -> dict:
     if not values:
         raise ConfigError(f"config: {path!r} is empty: it would say nothing of the run that it is to start")
     known = get_type_hints(TrainConfig)
-    if not isinstance(values, dict) or (unknown := [name for name in values if name not in known]):
-        what = f"has no setting named {unknown[0]!r}" if isinstance(values, dict) else "is no list of settings"
-        raise ConfigError(f"config: {path!r} {what}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path!r} is no list of settings")
+    if unknown := [name for name in values if name not in known]:
+        raise ConfigError(f"config: {path!r} has no setting named {unknown[0]!r}{perhaps(str(unknown[0]), known)}")
     return {name: _from_yaml(value, known[name]) for name, value in values.items()}
 
 

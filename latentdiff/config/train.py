@@ -1,4 +1,4 @@
-"""Typed, frozen settings of a training run, their presets, and the checks that refuse what makes no sense."""
+"""Typed, frozen settings of a training run, in groups, as which the help shows them; flat in Python and in YAML."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,14 +8,21 @@ from typing import Literal
 import yaml
 
 from ..utils.files import packaged_checkpoint, write_whole
-from .checks import check
+from .checks import check, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a latent text-to-image model. Without arguments: the embedded emoji, 64x64, from scratch."""
+class SettingsGroup:
+    """Some of a run's settings: a box in the help. Their types are checked, and nothing else."""
 
-    # ---- model
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(SettingsGroup):
+    """What is trained, and what it begins from."""
+
     task: Literal["text2img", "inpaint"] = "text2img"
     """"inpaint" trains the UNet to paint what a mask leaves open: it also sees the mask and the masked picture, as in
     Stable Diffusion's inpainting model. The masks are random; a pretrained UNet gets the inputs that it lacks."""
@@ -39,7 +46,11 @@ class TrainConfig:
     """Compute the activations of what is trained a second time in the backward pass instead of keeping them: less
     memory, a slower step, the same results."""
 
-    # ---- data
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(SettingsGroup):
+    """Pictures and captions: where they are, what is made of them, and what of that is kept."""
+
     train_data_dir: str | None = None
     """A folder of pictures with a .txt beside each, or with a metadata.jsonl or .csv of `file_name` and `text`, or of
     WebDataset tars; without it and without `dataset_name` the embedded emoji are trained."""
@@ -82,7 +93,11 @@ class TrainConfig:
     """Whether captions are encoded once, too, or in each step: "auto" keeps their hidden states where these are smaller
     than the latents or than 2 GiB."""
 
-    # ---- objective
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings(SettingsGroup):
+    """What the UNet learns: the loss, the noise schedule, consistency in place of denoising."""
+
     caption_dropout: float = 0.1
     """Probability of training a sample without its caption, drawn anew each time; what guidance needs."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
@@ -124,7 +139,11 @@ class TrainConfig:
     """Rescale the schedule, a pretrained one too, so that its last step is pure noise (zero terminal SNR, arXiv
     2305.08891), for v_prediction or sample; pictures are then drawn from the last step on."""
 
-    # ---- optimisation
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings(SettingsGroup):
+    """Batches, steps, the optimizer, averages of the weights, precision."""
+
     seed: int = 0
     """Of everything that is drawn."""
     train_batch_size: int = 32
@@ -185,7 +204,11 @@ class TrainConfig:
     dynamo_backend: str | None = None
     """Compile the UNet's blocks with this backend of torch.compile, such as inductor, which takes its time at first."""
 
-    # ---- results
+
+@dataclass(frozen=True, kw_only=True)
+class ResultSettings(SettingsGroup):
+    """Checkpoints, validation, logs, the finished model, the Hub."""
+
     output_dir: str = "runs/emoji64"
     """Checkpoints, logs, pictures and the finished model."""
     checkpointing_steps: int = 1000
@@ -218,6 +241,12 @@ class TrainConfig:
     """Repository to push to; by default the name of the output folder."""
     hub_private: bool = False
     """Make a new repository private."""
+
+
+@dataclass(frozen=True, kw_only=True)
+# A dataclass begins with the fields of its last base.
+class TrainConfig(ResultSettings, OptimisationSettings, ObjectiveSettings, DataSettings, ModelSettings):
+    """Train a latent text-to-image model. Without arguments: the embedded emoji, 64x64, from scratch."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ..config.commands import Check
 from ..config.train import TrainConfig
 from ..data.pictures import CaptionedPictures
 from ..data.survey import REJECTED, left_out
@@ -56,13 +55,12 @@ class Finding:
         return f"{'warning: ' if self.is_warning else ''}{self.text}"
 
 
-def check(command: Check, say: Callable[[str], None] = print) -> bool:
+def check(config: TrainConfig, say: Callable[[str], None] = print) -> bool:
     """Look at everything, `say` each finding and the verdict; whether there was no warning.
 
     Raises:
         ConfigError: the run could not start.
     """
-    config = command.config
     make_output_dir(config)  # for rejected.jsonl, and to see its disk
     hide_loading_bars()
     accelerator = make_accelerator(replace(config, report_to="none"))

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latentdiff import cli
-from latentdiff.config.commands import Check
 from latentdiff.config.train import TrainConfig
 from latentdiff.training import preflight
 from latentdiff.training.preflight import check
@@ -38,7 +37,7 @@ def settings(tiny_pipeline_folder, tmp_path) -> dict:
 
 def said(settings: dict, **changes) -> list[str]:
     lines = []
-    check(Check(config=TrainConfig(**{**settings, **changes})), say=lines.append)
+    check(TrainConfig(**{**settings, **changes}), say=lines.append)
     return lines
 
 

@@ -3,11 +3,11 @@
 import contextlib
 import errno
 import io
-import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from latentdiff.utils.errors import ConfigError, RunStopped
 from latentdiff.utils.flags import parse_flags, user_errors
@@ -54,6 +54,12 @@ class Flags:
     """Another."""
     shape: Literal["round", "square"] = "round"
     """A choice."""
+    sizes: tuple[int, ...] = ()
+    """Some."""
+    ends: tuple[float, float] | None = None
+    """Two."""
+    loud: bool = False
+    """A switch."""
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
@@ -61,22 +67,34 @@ class Flags:
     ("argv", "line"),
     [
         (["--name", "a", "--how_many", "x" * 150], f"--how_many: '{'x' * 150}' is not a whole number"),
-        (["--name", "a", "--share", "half"], "--share: 'half' is not {None}|FLOAT"),
+        (["--name", "a", "--share", "half"], "--share: 'half' is not a number or None"),
+        (["--name", "a", "--share=half"], "--share: 'half' is not a number or None"),
+        (["--name", "a", "--sizes", "1", "two"], "--sizes: 'two' is not a whole number"),
+        (["--name", "a", "--ends", "1"], "--ends: it needs 2 values, and has 1"),
+        (["--name", "a", "--loud=yes"], "--loud: it takes no value"),
+        (["--name", "a", "--name", "a", "b"], "there is no argument 'b'"),
+        (["--name", "a", "-n", "1"], "there is no option -n (see prog --help)"),
         (["--name", "a", "--shape", "oval"], "--shape: 'oval' is not one of round, square"),
         (["--name"], "--name: it needs a value, and has none"),
         ([], "--name is missing (see prog --help)"),
-        (["--nam", "a"], "--name is missing; there is no option or argument --nam (see prog --help)"),
-        (["--name", "a", "--how-money", "2"], "there is no option or argument --how-money, 2"),
+        (["--nam", "a"], "there is no option --nam; perhaps you meant --name (see prog --help)"),
+        (["--name", "a", "--how-money", "2"], "there is no option --how-money; perhaps you meant --how-many"),
+        (["--name", "a", "--no-lout"], "there is no option --no-lout; perhaps you meant --no-loud"),
     ],
 )
 def test_a_flag_that_cannot_be_is_one_line(argv, line, encoding):
-    """tyro's box would come through, which looks otherwise where the output is not UTF-8."""
+    """tyro's box would come through."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    before = os.environ.get("COLUMNS")
     with contextlib.redirect_stdout(stdout), pytest.raises(ConfigError) as error:
         parse_flags(Flags, argv, prog="prog")
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
-    assert os.environ.get("COLUMNS") == before, "what is started from here would think its terminal very wide"
+
+
+def test_what_cannot_be_told_is_shown_as_tyro_has_it(capsys):
+    """A refusal would be silent."""
+    with pytest.raises(SystemExit) as end:
+        parse_flags(Annotated[Flags, tyro.conf.subcommand("a")] | Annotated[Flags, tyro.conf.subcommand("b")], ["c"])
+    assert end.value.code == 2 and "subcommand" in capsys.readouterr().err
 
 
 def test_help_is_not_touched(capsys):
