@@ -1,8 +1,13 @@
 """latentdiff: captioned pictures in, a published text-to-image model out, on Hugging Face diffusers."""
 
 import importlib
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+# An installed package has its pipelines within; in a checkout they lie beside it, installed or not.
+if not (Path(__path__[0]) / "pipelines").is_dir():
+    __path__.append(str(Path(__path__[0]).parent))
 
 # The module of each. Those of "public" are loaded together; who only draws does without the rest.
 _MODULES = {

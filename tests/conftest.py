@@ -1,11 +1,15 @@
 """What the tests share: no network, a Hub on the loopback address, a tiny Stable Diffusion folder of random weights."""
 
+import configparser
 import importlib.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Set before huggingface_hub is imported, which reads them once: nothing goes online, and what a test sends through the
 # fixture `hub` goes to a server of its own. No cache and no token of whoever runs the tests is read or written.
@@ -45,11 +49,27 @@ def hub(monkeypatch):
 @pytest.fixture(scope="session")
 def script():
     """The entry script as a module."""
-    path = Path(__file__).resolve().parent.parent / "train_text2img.py"
+    path = ROOT / "train_text2img.py"
     spec = importlib.util.spec_from_file_location("train_text2img", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> dict[str, str]:
+    """An environment in which latentdiff is found as a wheel lays it, far from any checkout."""
+    site = tmp_path_factory.mktemp("site")
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    places = dict(line.split(" = ") for line in setup["options"]["package_dir"].split("\n") if line)
+    for package in setup["options"]["packages"].split():
+        source = ROOT / places.get(package, package.replace(".", "/"))
+        folder = site / package.replace(".", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in source.glob("*.py"):
+            shutil.copy(path, folder)
+    return {**os.environ, "PYTHONPATH": str(site)}
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import tyro
 import yaml
 
 from ..utils.errors import ConfigError, first_line
+from ..utils.files import check_shipped
 from ..utils.flags import parse_flags, user_errors
 from ..utils.suggestions import perhaps
 from ..utils.text import NotText, decoded
@@ -78,7 +79,9 @@ def parse_train_config(
         use_underscores=True,
     )
     groups = [getattr(flags, group.name) for group in fields(flags) if group.name != "preset"]
-    return TrainConfig(**{one.name: getattr(group, one.name) for group in groups for one in fields(group)})
+    config = TrainConfig(**{one.name: getattr(group, one.name) for group in groups for one in fields(group)})
+    check_shipped(config.pretrained_model_name_or_path, "pretrained_model_name_or_path: ")
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,11 +54,8 @@ def main() -> None:
     print("1. Drawing with the shipped checkpoint", flush=True)
     draw(checkpoint, PROMPTS, shipped)
     print("2. Training a small UNet from scratch on a part of the emoji", flush=True)
-    script = Path(__file__).resolve().parents[2] / "train_text2img.py"
-    subprocess.run(
-        [sys.executable, str(script), "--preset", "demo", "--output_dir", str(run), "--overwrite_output_dir"],
-        check=True,
-    )
+    train = [sys.executable, "-m", "latentdiff.train", "--preset", "demo"]
+    subprocess.run([*train, "--output_dir", str(run), "--overwrite_output_dir"], check=True)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in lines if "held_out_loss" in line]
     print(

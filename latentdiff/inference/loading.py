@@ -22,6 +22,7 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.loading import hide_loading_bars, load_guide_unet
 from ..public import LatentDiffPipeline
 from ..utils.errors import ConfigError, first_line
+from ..utils.files import check_shipped
 from .recipe import Ingredient, Recipe, folder_ingredient
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
@@ -119,6 +120,7 @@ def load_pipeline(
     Raises:
         ConfigError: nothing that can be loaded is there.
     """
+    check_shipped(checkpoint)
     folder = Path(checkpoint)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ConfigError(f"{checkpoint} holds no model_index.json: give the folder of a whole saved pipeline")

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils.errors import ConfigError, first_line
+from ..utils.files import check_shipped
 from .parts import FrozenParts, freeze
 from .unet import UNET_CLASSES, UNet
 
@@ -25,6 +26,7 @@ def load_frozen(path: str, revision: str | None = None, variant: str | None = No
     Raises:
         ConfigError: one of them is not there or cannot be read.
     """
+    check_shipped(path, "pretrained_model_name_or_path: ")
     parts = {}
     for name, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("tokenizer", CLIPTokenizer)):
         options = {"subfolder": name, "revision": revision}

@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from .errors import ConfigError
+
 
 def cache_folder() -> Path:
     """Where the built emoji and everything encoded is kept: $LATENTDIFF_CACHE, else the user's cache folder."""
@@ -17,7 +19,28 @@ def cache_folder() -> Path:
 def packaged_checkpoint() -> str:
     """The shipped checkpoint beside the package in a checkout; a plain relative path elsewhere."""
     beside = Path(__file__).resolve().parents[2] / "checkpoints" / "emoji64"
-    return os.path.relpath(beside) if beside.is_dir() else "checkpoints/emoji64"
+    if not beside.is_dir():
+        return "checkpoints/emoji64"
+    try:
+        return os.path.relpath(beside)
+    except ValueError:  # Windows, from another drive
+        return str(beside)
+
+
+def check_shipped(name: str, setting: str = "") -> None:
+    """Refuse the name of a shipped checkpoint that is not here, which would be looked for on the Hub.
+
+    Args:
+        setting: what named it.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    if Path(name).parts[:1] == ("checkpoints",) and not Path(name).exists():
+        raise ConfigError(
+            f"{setting}{name}: no such folder; the checkpoints that latentdiff ships are in its repository, not in the "
+            "installed package: start in a checkout, or name another model"
+        )
 
 
 def write_whole(path: str | os.PathLike, content: bytes, aside: Path | None = None) -> None:

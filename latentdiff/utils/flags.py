@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ def parse_flags(
             raise ConfigError(f"{mistake} (see {prog or Path(sys.argv[0]).name} --help)") from None
         sys.stderr.write(said.getvalue())
         raise
+    except BrokenPipeError:  # `--help | head`; what Python still has to write at its end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _check_completion(flag: str, shell: str | None = None, file: str | None = None, *_: str) -> None:

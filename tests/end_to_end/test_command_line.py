@@ -16,8 +16,8 @@ from tiny import make_pictures
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
 
 
-def launch(*command: str, folder: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+def launch(*command: str, folder: Path, env: dict[str, str] = os.environ) -> subprocess.CompletedProcess:
+    env = {**env, "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
     return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
 
 
@@ -40,13 +40,13 @@ def test_finetuning_from_the_command_line(settings, tmp_path):
     assert list(losses(tmp_path / "run")) == [1, 2]
 
 
-def test_two_processes_take_the_steps_of_one(train, settings, tmp_path):
-    """On two GPUs both would train on the same noise, or the run be another one."""
+def test_two_processes_take_the_steps_of_one(train, settings, tmp_path, installed):
+    """On two GPUs both would train on the same noise, or the run be another one; or an installed package not train."""
     one = train(output_dir=str(tmp_path / "one"), adam_epsilon=1e-4, max_train_steps=2)
     same = ["--config", str(tmp_path / "one" / "train_config.yaml")]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *same]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "latentdiff.train", *same]
     other = {"train_batch_size": 4, "checkpointing_steps": 2, "output_dir": settings["output_dir"]}
-    done = launch(*command, *flags(other), folder=tmp_path)
+    done = launch(*command, *flags(other), folder=tmp_path, env=installed)
     assert done.returncode == 0, done.stderr[-3000:]
     two = tmp_path / "run"
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
@@ -78,7 +78,7 @@ def test_a_missing_model_is_one_line_in_a_process_of_its_own(settings, tmp_path)
         ({"resolution": "20"}, "resolution: 20 is no multiple of 8"),
         ({"output_dir": "file/run"}, "output_dir: 'file/run' cannot be written"),
         ({"cache_dir": "file/cache"}, "cache_dir: 'file/cache' cannot be written"),
-        ({"config": "wrong.yaml"}, "wrong.yaml' has no setting named 'lerning_rate'"),
+        ({"config": "wrong.yaml"}, "wrong.yaml' has no setting named 'lerning_rate'; perhaps you meant learning_rate"),
         ({"report_to": "paper"}, "report_to"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "'checkpoint-7'"),
     ],
