@@ -100,7 +100,7 @@ class Likelihood:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the networks."""
     device: str | None = None
-    """As torch names it; by default cuda where there is one, else cpu."""
+    """As torch names it; by default the accelerator that is here (cuda, mps, xpu), else cpu."""
     output: Path | None = None
     """JSON file for the numbers."""
     plot: Path | None = None
@@ -187,7 +187,7 @@ class Serve:
     max_upload_mb: int = 10
     """The largest file that may be uploaded."""
     device: str | None = None
-    """As torch names it; by default cuda where there is one, else cpu."""
+    """As torch names it; by default the accelerator that is here (cuda, mps, xpu), else cpu."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the networks; fp16 and bf16 are for GPUs."""
 

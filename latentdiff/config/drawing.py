@@ -22,7 +22,7 @@ class Command(Steps):
     batch_size: int = 32
     """Pictures drawn at a time; but for a last bit here and there it does not change them."""
     device: str | None = None
-    """As torch names it; by default cuda where there is one, else cpu."""
+    """As torch names it; by default the accelerator that is here (cuda, mps, xpu), else cpu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +233,7 @@ class Redraw:
     batch_size: int | None = None
     """1 is faster, but may change a last bit; by default as many copies as pictures were drawn together."""
     device: str | None = None
-    """As torch names it; by default cuda where there is one, else cpu."""
+    """As torch names it; by default the accelerator that is here (cuda, mps, xpu), else cpu."""
     anyway: bool = False
     """Draw also where the checkpoint, an input or the version is another one than in the recipe, or where that asks for
     far more than the checkpoint is made for."""

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..utils.errors import RunStopped
 from ..utils.files import file_sha256, write_whole
+from ..utils.system import advise
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ class _Shard:
     def __init__(self, path: Path):
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._map.madvise(mmap.MADV_RANDOM)  # else each entry would bring in its neighbours, too
+        advise(self._map, "RANDOM")  # else each entry would bring in its neighbours, too
         # https://huggingface.co/docs/safetensors: 8 bytes of the header's length, the header as JSON, the numbers
         start = 8 + int.from_bytes(self._map[:8], "little")
         header = json.loads(self._map[8:start])
@@ -232,9 +233,9 @@ class _Shard:
         for row, count in runs:  # asked for together, so that the disk need not be waited for page by page
             start = offset + row * row_bytes
             page = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, start + count * row_bytes - page)
+            advise(self._map, "WILLNEED", page, start + count * row_bytes - page)
         copy = whole[rows]
-        self._map.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache, not in this process's memory
+        advise(self._map, "DONTNEED")  # the pages stay in the system's cache, not in this process's memory
         return copy
 
 

@@ -24,6 +24,7 @@ from ..config.train import TrainConfig
 from ..utils.errors import RunStopped
 from ..utils.images import crop_box, open_decoded, resized
 from ..utils.randomness import fraction
+from ..utils.system import read_at
 from . import emoji, recolour
 from .folder import Folder
 from .sources import Source, Table
@@ -230,7 +231,7 @@ class OwnPictures:
         """The row as the list has it."""
         block, place = divmod(row, _LINES_READ)
         start, end = self._starts[block : block + 2]
-        return json.loads(os.pread(self._list.fileno(), end - start, start).split(b"\n")[place])
+        return json.loads(read_at(self._list, start, end - start).split(b"\n")[place])
 
     def _lines(self) -> Iterator[tuple[int, dict]]:
         """All lines with where they start."""

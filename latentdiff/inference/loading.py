@@ -21,6 +21,7 @@ from ..diffusion.scheduling_ddim import DDIMScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.loading import hide_loading_bars, load_guide_unet
 from ..public import LatentDiffPipeline
+from ..utils.devices import device_named
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import check_shipped
 from .recipe import Ingredient, Recipe, folder_ingredient
@@ -127,10 +128,7 @@ def load_pipeline(
     if not folder.exists() and not HUB_ID.fullmatch(checkpoint):
         raise ConfigError(f"{checkpoint}: no such folder (nor is it the name of a model on the Hub, owner/name)")
     hide_loading_bars()
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ConfigError(f"--device {device}: not a device that torch knows, such as cpu, cuda or cuda:1") from None
+    place = device_named(device)
     try:
         files = folder if folder.exists() else LatentDiffPipeline.download(checkpoint)
         pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype])

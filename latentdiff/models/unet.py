@@ -11,6 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 
+from ..utils.devices import default_device
 from ..utils.errors import ConfigError
 from .mp_unet import SCHEDULE_SETTINGS, MPBlock, MPUNet2DConditionModel
 
@@ -172,5 +173,5 @@ def _read_unet_config(path: str) -> dict:
 
 def use_fast_attention(unet: UNet) -> None:
     """Measured on CPUs in bf16: the backward pass of fused attention takes a third of a step, of plain far less."""
-    if not torch.cuda.is_available() and isinstance(unet, UNet2DConditionModel):
+    if default_device().type == "cpu" and isinstance(unet, UNet2DConditionModel):
         unet.set_attn_processor(AttnProcessor())

@@ -21,7 +21,8 @@ from ..models.loading import unet_class
 from ..models.lora import has_lora, load_lora, save_lora
 from ..models.parts import networks_of
 from ..utils.errors import ConfigError, RunStopped, first_line
-from ..utils.files import file_sha256, move_into_place, sync
+from ..utils.files import file_sha256, move_into_place
+from ..utils.system import sync
 from .ema import EMA, PowerEMAs
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,5 @@
 """What a run trains on, from its settings: pictures looked at and listed, run through the frozen networks, in order."""
 
-import ctypes
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from ..objectives.choice import objective_of
 from ..objectives.tasks import task_of
 from ..utils.errors import ConfigError
 from ..utils.files import cache_folder
+from ..utils.system import give_back_memory
 from .held_out import HeldOutLoss
 
 
@@ -89,14 +88,8 @@ def load_data(
         **shared,
     )
     held_out_loss = HeldOutLoss(pictures, moments, hidden_states, **shared)
-    _give_back_memory()
+    give_back_memory()  # tens of bytes per picture, which setting up took for a while
     return Data(pictures, moments, hidden_states, batches, held_out_loss, task.examples(pictures))
-
-
-def _give_back_memory() -> None:
-    """Return to the system what setting up took for a while, of which glibc would keep tens of bytes per picture."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _load_pictures(config: TrainConfig, accelerator: Accelerator, resolution: int, multiple: int) -> CaptionedPictures:

@@ -148,7 +148,7 @@ class HeldOutLoss:
 
 def _timesteps_at(alphas_cumprod: torch.Tensor, log_snrs: torch.Tensor) -> torch.Tensor:
     """The timestep nearest to each log-SNR, -1 for those outside of what the schedule reaches: (K,) int64."""
-    levels = torch.logit(alphas_cumprod.double().cpu())  # log abar - log(1 - abar)
+    levels = torch.logit(alphas_cumprod.cpu().double())  # log abar - log(1 - abar)
     timesteps = (levels[:, None] - log_snrs).abs().argmin(dim=0)
     return torch.where((log_snrs >= levels.min()) & (log_snrs <= levels.max()), timesteps, -1)
 

@@ -5,8 +5,6 @@ it would overflow in fp16, at the room on the disk, and at the time and memory o
 first of these, which cost nothing, before it trains.
 """
 
-import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,8 @@ from ..models.loading import hide_loading_bars
 from ..models.parts import FrozenParts, trained_model
 from ..objectives.choice import objective_of
 from ..objectives.objective import Objective
+from ..utils.devices import default_device
+from ..utils.system import memory_there, most_memory_used
 from .data import Data, load_data
 from .ema import snapshot_steps
 from .optimizers import make_optimizer, state_bytes
@@ -115,7 +115,7 @@ def first_look(config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionMod
         yield _text(data)
     yield _disk(config, trained_model(parts, unet), optimizer_steps(config, data.batches))
     has_instructions = SLOW_ON_CPUS.get(config.mixed_precision, lambda: True)
-    if not torch.cuda.is_available() and not has_instructions():
+    if default_device().type == "cpu" and not has_instructions():
         what = f"mixed_precision {config.mixed_precision}: this processor has no instructions for it"
         yield Finding(f"{what}, so a step will take several times as long; say no", is_warning=True)
 
@@ -247,11 +247,11 @@ def _steps(
 
 
 def _memory(device: torch.device) -> Finding:
-    if device.type == "cuda":
-        used, there = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    module = torch.get_device_module(device)
+    if hasattr(module, "max_memory_allocated"):  # that of cpu and mps is the machine's
+        used, there = module.max_memory_allocated(device), module.get_device_properties(device).total_memory
     else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        used, there = most_memory_used(), memory_there()
     return Finding(
         f"memory: a step needs {_bytes(used)} of {_bytes(there)} on {device.type}; the averaged weights and validation "
         "come on top",

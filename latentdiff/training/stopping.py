@@ -4,7 +4,6 @@ SIGTERM and SIGINT end it after the step it is in, with a checkpoint; a second o
 are no longer finite stops, says at which step and on which pictures, and overwrites nothing.
 """
 
-import os
 import signal
 import time
 from types import FrameType
@@ -49,7 +48,7 @@ class StopSignals:
         if self._received is not None:
             if time.monotonic() - self._first > SECONDS_OF_ONE_WISH:
                 signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return
         self._received, self._first = number, time.monotonic()
         if self._accelerator.is_main_process:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from .errors import ConfigError
+from .system import sync
 
 
 def cache_folder() -> Path:
@@ -89,15 +90,6 @@ def move_into_place(aside: Path, final: Path) -> None:
         sync(path)
     os.replace(aside, final)
     sync(final.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: str | os.PathLike) -> str:
