@@ -148,6 +148,33 @@ def test_nothing_unpickles():
                 assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), path
 
 
+def test_text_files_name_their_encoding():
+    """On Windows a caption or a name would be read and written in the country's own."""
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                is_text = node.func.attr in ("read_text", "write_text") or (
+                    node.func.attr == "open"
+                    and [ast.unparse(mode) for mode in node.args] in (["'a'"], ["'r'"], ["'w'"])
+                )
+                assert not is_text or "encoding" in {k.arg for k in node.keywords}, f"{path}:{node.lineno}"
+
+
+# Windows has none of these, and macOS counts some otherwise.
+OF_SOME_SYSTEMS = {"resource", "fcntl", "pwd", "grp", "termios", "ctypes", "psutil"}
+OF_SOME_SYSTEMS |= {"os.sysconf", "os.pread", "os.pwrite", "os.fork", "os.fsync", "os.getuid", "os.sched_getaffinity"}
+OF_SOME_SYSTEMS |= {"os.kill", "os.killpg", "os.statvfs", "os.name", "sys.platform", "signal.SIGHUP", "signal.SIGKILL"}
+OF_SOME_SYSTEMS |= {"mmap.MADV_RANDOM", "mmap.MADV_WILLNEED", "mmap.MADV_DONTNEED"}
+
+
+def test_what_differs_among_systems_lies_in_one_file():
+    """It would be called somewhere where it is not there."""
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | imported(name)
+        assert name == "latentdiff.utils.system" or not used & OF_SOME_SYSTEMS, name
+
+
 def test_no_code_lies_beside_the_weights():
     """Copies in git would be read, searched and mended by mistake; what is saved or pushed gets them anew."""
     ignored = (ROOT / ".gitignore").read_text().splitlines()

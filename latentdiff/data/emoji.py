@@ -217,7 +217,7 @@ def load() -> EmojiSet:
     folder = cache_folder() / f"emoji{RESOLUTION}-{'-'.join(packages)}-{recipe}"
     if not (folder / "rows.json").exists():
         _build(folder)
-    saved = json.loads((folder / "rows.json").read_text())
+    saved = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     rows = [
         (Concept(**{**row["concept"], "names": tuple(row["concept"]["names"])}), row["style"]) for row in saved["rows"]
     ]

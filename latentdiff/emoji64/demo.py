@@ -56,7 +56,7 @@ def main() -> None:
     print("2. Training a small UNet from scratch on a part of the emoji", flush=True)
     train = [sys.executable, "-m", "latentdiff.train", "--preset", "demo"]
     subprocess.run([*train, "--output_dir", str(run), "--overwrite_output_dir"], check=True)
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     first, *_, last = [line for line in lines if "held_out_loss" in line]
     print(
         f"   held-out loss {first['held_out_loss']:.3f} at step {first['step']}, "

@@ -66,7 +66,7 @@ def main(config: PublishConfig) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         if path.exists():
             shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     _plot(log, output / CURVES, objective.name)
     model_card(
         output.name,
@@ -157,7 +157,7 @@ def _metrics(run: Path) -> dict[str, str]:
     found = rows(read_numbers(run / NUMBERS)) if (run / NUMBERS).exists() else {}
     for name, file in MEASURES.items():
         path = run / file
-        for key, value in (json.loads(path.read_text()) if path.exists() else {}).items():
+        for key, value in (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}).items():
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v:.3f}" for k, v in value.items())
             found[f"{name}: {key.replace('_', ' ')}"] = value

@@ -151,7 +151,7 @@ class _DrawnPictures:
 def _measured_before(path: Path, conditions: dict) -> dict[float, dict | None]:
     """The pictures' measures of an earlier sweep, by width, if it was under the same conditions."""
     try:
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text(encoding="utf-8"))
         same = earlier["conditions"] == conditions
         return {row["sigma_rel"]: row["pictures"] for row in earlier["widths"]} if same else {}
     except (OSError, ValueError, KeyError, TypeError):

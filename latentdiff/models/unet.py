@@ -158,7 +158,7 @@ def add_guidance_input(unet: UNet, width: int = 256) -> None:
 
 def _read_unet_config(path: str) -> dict:
     try:
-        saved = json.loads(Path(path).read_text())
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
         arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
         name = saved.get("_class_name", UNet2DConditionModel.__name__)
     except (OSError, ValueError, AttributeError) as error:

@@ -95,7 +95,7 @@ def _seal(folder: Path, state: dict) -> None:
     for path in files:
         sync(path)
     state["sha256"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-    (folder / _DONE).write_text(json.dumps(state))
+    (folder / _DONE).write_text(json.dumps(state), encoding="utf-8")
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -177,7 +177,7 @@ def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or is not what was written. None where all is well."""
     try:
-        digests = json.loads((checkpoint / _DONE).read_text()).get("sha256", {})
+        digests = json.loads((checkpoint / _DONE).read_text(encoding="utf-8")).get("sha256", {})
     except (OSError, ValueError, AttributeError):
         return f"{_DONE} cannot be read"
     for name, digest in digests.items():
@@ -238,6 +238,6 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
 def saved_extra(checkpoint: Path) -> dict:
     """The plain values that `save_checkpoint` was given; none where they cannot be read (see `damage`)."""
     try:
-        return json.loads((checkpoint / _DONE).read_text()).get("extra", {})
+        return json.loads((checkpoint / _DONE).read_text(encoding="utf-8")).get("extra", {})
     except (OSError, ValueError, AttributeError):
         return {}

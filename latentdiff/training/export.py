@@ -120,8 +120,8 @@ def settle_configurations(folder: Path) -> None:
     does not; and no part names the path it was loaded from, which is nobody else's.
     """
     for path in (folder / part / "config.json" for part in ("vae", "text_encoder", "unet")):
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)
         if path.parent.name == "text_encoder":
             settings["dtype"] = "float32"
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

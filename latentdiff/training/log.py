@@ -21,15 +21,20 @@ class RunLog:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, first_step: int):
         self._accelerator, self._path = accelerator, Path(config.output_dir) / "log.jsonl"
         if accelerator.is_main_process:
-            lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() and first_step else []
+            lines = (
+                self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if self._path.exists() and first_step
+                else []
+            )
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may have cut its last one
-            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
+            self._path.write_text(kept, encoding="utf-8")
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Add `values` after optimizer step number `step`."""
         log_values(self._accelerator, values, step)
         if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
 

@@ -120,7 +120,7 @@ class RunFolder:
 
     def _said(self, name: str):
         try:
-            return json.loads((self._folder / RUN).read_text()).get(name)
+            return json.loads((self._folder / RUN).read_text(encoding="utf-8")).get(name)
         except (OSError, ValueError, AttributeError):
             return None
 
