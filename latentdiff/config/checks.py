@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..utils.errors import ConfigError
+from ..utils.files import is_single_file
 
 Settings = Any  # a `TrainConfig`, which is checked when it is made and therefore imports this
 
@@ -20,6 +21,7 @@ def check(config: Settings) -> None:
     """
     check_types(config)
     _check_ranges(config)
+    _check_single_file(config)
     _check_data(config)
     _check_schedules(config)
     if config.force_weight_norm and config.lora_rank is not None:
@@ -45,6 +47,15 @@ def check(config: Settings) -> None:
 def _is_set(config: Settings, name: str) -> bool:
     """Whether a setting is another than its default."""
     return getattr(config, name) != getattr(type(config), name)
+
+
+def _check_single_file(config: Settings) -> None:
+    sources = [config.pretrained_model_name_or_path, config.consistency_teacher]
+    if config.single_file_config is not None and not any(source and is_single_file(source) for source in sources):
+        raise ConfigError("single_file_config: has no effect without a model in a single file")
+    for name in ("revision", "variant"):
+        if getattr(config, name) is not None and is_single_file(sources[0]):
+            raise ConfigError(f"{name}: has no effect on the single file {sources[0]!r}")
 
 
 def _check_data(config: Settings) -> None:
@@ -222,6 +233,13 @@ def _check_ranges(config: Settings) -> None:
             raise ConfigError(f"{name}: {getattr(config, name)} is not in [0, 1)")
     if config.snr_gamma is not None and config.snr_gamma <= 0:
         raise ConfigError(f"snr_gamma: {config.snr_gamma} is not above 0; leave it out for the plain loss")
+
+
+def check_single_file_config(command: Any, *checkpoints: str | None) -> None:
+    """Raise a ConfigError where a command has the flag for single files, and none of its checkpoints is one."""
+    given = command.single_file_config is not None
+    if given and not any(checkpoint and is_single_file(checkpoint) for checkpoint in checkpoints):
+        raise ConfigError("--single-file-config: has no effect without a model in a single file")
 
 
 def at_least_1(command: Any, *names: str) -> None:

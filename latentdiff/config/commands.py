@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from ..utils.errors import ConfigError
-from .checks import at_least_1, within
+from .checks import at_least_1, check_single_file_config, within
 from .drawing import Command, Drawing
 
 
@@ -80,7 +80,9 @@ class Likelihood:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    """Folder of a saved pipeline, a model on the Hub as owner/name, or a single .safetensors file."""
+    single_file_config: str | None = None
+    """Folder or Hub id with the configurations and the tokenizer for a single file; by default from the Hub."""
     unet: tuple[Path, ...] = ()
     """Folders of UNets of the same run, such as its checkpoints have, to measure instead of the pipeline's own."""
     count: int | None = None
@@ -107,6 +109,7 @@ class Likelihood:
     """PNG for the terms over the timesteps."""
 
     def __post_init__(self) -> None:
+        check_single_file_config(self, self.checkpoint)
         for name in ("count", "batch_size"):
             if getattr(self, name) is not None:
                 at_least_1(self, name)
@@ -158,6 +161,7 @@ class SweepEma(Command):
     """Folder for the results; by default that of the run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sigma_rel:
             raise ConfigError("--sigma-rel is empty: give one width or more, such as 0.05 0.1")
         within(self, 0, 1e6, "count")
@@ -171,11 +175,13 @@ class Serve:
     """Open a page to draw on: text to image, image to image, inpainting, interpolation."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    """Folder of a saved pipeline, a model on the Hub as owner/name, or a single .safetensors file."""
     inpaint_checkpoint: str | None = None
     """One whose UNet was trained to inpaint; by default the checkpoint's own blends the parts."""
+    single_file_config: str | None = None
+    """Folder or Hub id with the configurations and the tokenizer for a single file; by default from the Hub."""
     lora: Path | None = None
-    """Folder of LoRA weights to draw with; distilled ones draw in few steps."""
+    """Folder or .safetensors file of LoRA weights to draw with; distilled ones draw in few steps."""
     host: str = LOOPBACK
     """Address to listen on. The page asks for no password: any but 127.0.0.1 opens it to whoever can reach that."""
     port: int | None = None
@@ -192,6 +198,7 @@ class Serve:
     """Precision of the networks; fp16 and bf16 are for GPUs."""
 
     def __post_init__(self) -> None:
+        check_single_file_config(self, self.checkpoint, self.inpaint_checkpoint)
         for name in ("max_queue", "max_upload_mb"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
@@ -200,6 +207,32 @@ class Serve:
         for name in self.allowed_hosts:
             if not re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:]+", name, re.ASCII):
                 raise ConfigError(f"--allowed-hosts {name!a}: must be a name or an address, without http:// and port")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model as a single file, as A1111, ComfyUI, sd-scripts and stable-diffusion.cpp read it.
+
+    latentdiff export runs/mine mine.safetensors --dtype fp16
+
+    For models of the shape of Stable Diffusion 1.x and 2.x, for inpainting, too. Of one that predicts v, the settings
+    that A1111 asks for stand beside it, in mine.yaml.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    output: tyro.conf.Positional[Path]
+    """The file, a .safetensors."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Precision of the weights; by default that in which each part is stored."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
+
+    def __post_init__(self) -> None:
+        if self.output.suffix != ".safetensors":
+            raise ConfigError(f"{self.output}: must end in .safetensors")
+        if self.output.exists() and not self.overwrite:
+            raise ConfigError(f"{self.output} is there: --overwrite replaces it")
 
 
 @dataclass(frozen=True, kw_only=True)

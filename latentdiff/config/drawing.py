@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from ..utils.errors import ConfigError
-from .checks import at_least_1, within
+from .checks import at_least_1, check_single_file_config, within
 from .sampling import Sampling, Steps
 
 
@@ -16,13 +16,19 @@ class Command(Steps):
     """What every command that draws takes."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder of a saved pipeline, or a model on the Hub as owner/name."""
+    """Folder of a saved pipeline, a model on the Hub as owner/name, or a single .safetensors file."""
+    single_file_config: str | None = None
+    """Folder or Hub id of a model of the same kind as a single file, whose configurations and tokenizer are taken:
+    it has none; by default those of the Stable Diffusion that it looks like, from the Hub."""
     seed: int = 0
     """Picture i starts from the noise of seed + i."""
     batch_size: int = 32
     """Pictures drawn at a time; but for a last bit here and there it does not change them."""
     device: str | None = None
     """As torch names it; by default the accelerator that is here (cuda, mps, xpu), else cpu."""
+
+    def __post_init__(self) -> None:
+        check_single_file_config(self, self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,8 @@ class Drawing(Sampling, Command):
     guide_unet: Path | None = None
     """Folder of a worse UNet, or of a pipeline with one, to lead away from instead (arXiv 2406.02507)."""
     lora: Path | None = None
-    """Folder of LoRA weights to draw with, as a run with --lora_rank leaves one; distilled ones draw in few steps."""
+    """Folder of LoRA weights to draw with, as a run with --lora_rank leaves one, or a .safetensors file of them, as
+    sd-scripts writes it, too; distilled ones draw in few steps."""
     clip_guidance: float | None = None
     """Scale of guidance by a CLIP (arXiv 2112.10741); needs --clip."""
     clip: Path | None = None
@@ -48,6 +55,7 @@ class Drawing(Sampling, Command):
     """Replace files that hold something else. Pictures that are there with the same recipe are not drawn again."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_1(self, "batch_size")
         if self.num_inference_steps is not None:
             at_least_1(self, "num_inference_steps")
@@ -218,6 +226,8 @@ class Redraw:
     """A PNG that latentdiff has drawn."""
     checkpoint: str | None = None
     """Where the checkpoint lies; by default the shipped one, or a model of the Hub that has been loaded before."""
+    single_file_config: str | None = None
+    """Folder or Hub id whose configurations and tokenizer a single file was drawn with, if one was given."""
     image: Path | None = None
     """The picture that was edited."""
     mask: Path | None = None
@@ -241,5 +251,6 @@ class Redraw:
     """Replace the output if it is there."""
 
     def __post_init__(self) -> None:
+        check_single_file_config(self, self.checkpoint)
         if self.batch_size is not None:
             at_least_1(self, "batch_size")

@@ -27,7 +27,11 @@ class ModelSettings(SettingsGroup):
     """"inpaint" trains the UNet to paint what a mask leaves open: it also sees the mask and the masked picture, as in
     Stable Diffusion's inpainting model. The masks are random; a pretrained UNet gets the inputs that it lacks."""
     pretrained_model_name_or_path: str = field(default_factory=packaged_checkpoint)
-    """Folder or Hub id of a Stable-Diffusion-shaped model: VAE, text encoder and tokenizer come from it."""
+    """Folder or Hub id of a Stable-Diffusion-shaped model, or a single .safetensors file of one: VAE, text encoder and
+    tokenizer come from it."""
+    single_file_config: str | None = None
+    """Folder or Hub id of a model of the same kind as a single file, whose configurations and tokenizer are taken:
+    it has none; by default those of the Stable Diffusion that it looks like, from the Hub."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     variant: str | None = None

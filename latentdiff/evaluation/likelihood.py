@@ -27,7 +27,7 @@ from ..models.parts import FrozenParts, encode_prompt, in_eval_mode
 from ..objectives.prediction import predict
 from ..utils import randomness
 from ..utils.errors import ConfigError, first_line
-from ..utils.files import folder_sha256, write_whole
+from ..utils.files import write_whole
 from .bound import Bound, denoising_term, plot_bounds, prior_term, reverse_process, stratified_timesteps, with_error
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -195,7 +195,7 @@ def likelihood(command: Likelihood) -> None:
     """Measure each UNet, print tables, and write what is asked for."""
     state = join_processes()
     device = str(state.device) if state.num_processes > 1 and command.device is None else command.device
-    pipeline = load_pipeline(command.checkpoint, device, command.dtype)
+    pipeline = load_pipeline(command.checkpoint, device, command.dtype, single_file_config=command.single_file_config)
     how = {
         "timesteps_per_picture": None if command.all_timesteps else command.timesteps,
         **{name: getattr(command, name) for name in ("count", "variance_type", "decoder_variance", "seed")},
@@ -238,10 +238,15 @@ def _print(name: str, found: dict[str, Bound], earlier: dict[str, dict[str, Boun
 
 def _write(command: Likelihood, pipeline, measured: dict[str, dict[str, Bound]]) -> None:
     if command.output is not None:
-        folders = command.unet or (Path(pipeline.name_or_path) / OWN,)
+        source = Path(pipeline.name_or_path)
+        own = source if source.is_file() else source / OWN
         unets = [
-            {"unet": name, "sha256": folder_sha256(folder), **{kind: bound.as_dict() for kind, bound in found.items()}}
-            for folder, (name, found) in zip(folders, measured.items(), strict=True)
+            {
+                "unet": name,
+                "sha256": folder_ingredient(folder).sha256,
+                **{kind: bound.as_dict() for kind, bound in found.items()},
+            }
+            for folder, (name, found) in zip(command.unet or (own,), measured.items(), strict=True)
         ]
         found = {"checkpoint": asdict(folder_ingredient(pipeline.name_or_path)), "unets": unets}
         write_whole(command.output, (json.dumps(found, indent=2) + "\n").encode())

@@ -122,7 +122,7 @@ def report(measure: Callable[..., Measurement], command: Command) -> None:
     Raises:
         ConfigError: the checkpoint cannot be loaded, or the file not written.
     """
-    pipeline = load_pipeline(command.checkpoint, command.device)
+    pipeline = load_pipeline(command.checkpoint, command.device, single_file_config=command.single_file_config)
     settings, network = DrawSettings.of(command, pipeline), features.load(device=pipeline.device)
     result = measure(pipeline, count=command.count, settings=settings, network=network)
     print(result)

@@ -107,6 +107,7 @@ def load(command: Drawing) -> Networks:
         command.clip,
         command.ema_sigma_rel,
         command.lora,
+        single_file_config=command.single_file_config,
     )
 
 

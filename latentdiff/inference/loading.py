@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.schedulers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import is_peft_available
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from ..config import sampling
 from ..diffusion.clip_guidance import ClipGuidance
@@ -20,13 +20,16 @@ from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddim import DDIMScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.loading import hide_loading_bars, load_guide_unet
+from ..models.single_file import load_single_file
 from ..public import LatentDiffPipeline
 from ..utils.devices import device_named
 from ..utils.errors import ConfigError, first_line
-from ..utils.files import check_shipped
+from ..utils.files import check_shipped, is_single_file
 from .recipe import Ingredient, Recipe, folder_ingredient
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+# How the first of a LoRA layer's two matrices is called: by peft, by diffusers once, by sd-scripts.
+_LORA_LAYER = ("lora_A.weight", ".down.weight", "lora_down.weight")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OURS = {kind.__name__: kind for kind in (DDIMScheduler, DDPMScheduler, ConsistencyScheduler)}
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {
@@ -79,23 +82,25 @@ def load_networks(
     ema_sigma_rel: float | None = None,
     lora: Path | None = None,
     hub_id: str | None = None,
+    single_file_config: str | None = None,
 ) -> Networks:
     """A checkpoint and what guides it, on their device.
 
     Args:
-        checkpoint: a folder, or a Hub id.
+        checkpoint: a folder, a Hub id, or a single file.
         dtype: one of `DTYPES`, of the pipeline and the guiding UNet.
         guide_unet: the folder of a UNet, or of a pipeline that has one.
         clip: the folder of a CLIP with its tokenizer and its preprocessor's config.
         ema_sigma_rel: as `load_pipeline`.
-        lora: the folder of LoRA weights for the checkpoint's networks; with a scheduler's configuration in it, they
-            are a consistency model's.
+        lora: the folder or file of LoRA weights for the checkpoint's networks; with a scheduler's configuration in the
+            folder, they are a consistency model's.
         hub_id: what recipes call the checkpoint, where it is the folder of one that was loaded from the Hub before.
+        single_file_config: as `load_pipeline`.
 
     Raises:
         ConfigError: one of them is not there or cannot be loaded.
     """
-    pipeline = load_pipeline(checkpoint, device, dtype, ema_sigma_rel)
+    pipeline = load_pipeline(checkpoint, device, dtype, ema_sigma_rel, single_file_config)
     lora_ingredient = None if lora is None else _load_lora(lora, pipeline)
     hub_id = hub_id or (None if Path(checkpoint).exists() else checkpoint)
     return Networks(
@@ -110,25 +115,44 @@ def load_networks(
 
 
 def load_pipeline(
-    checkpoint: str, device: str | None, dtype: str = "fp32", ema_sigma_rel: float | None = None
+    checkpoint: str,
+    device: str | None,
+    dtype: str = "fp32",
+    ema_sigma_rel: float | None = None,
+    single_file_config: str | None = None,
 ) -> LatentDiffPipeline:
     """A `LatentDiffPipeline` on its device, without progress bars of its own.
 
     Args:
+        checkpoint: a folder, a Hub id, or a single file.
         ema_sigma_rel: the width of the average of the weights to take from the snapshots that its training kept; by
             default the weights are those that were saved.
+        single_file_config: of a single file, the `config` of `load_single_file`.
 
     Raises:
         ConfigError: nothing that can be loaded is there.
     """
     check_shipped(checkpoint)
+    hide_loading_bars()
+    place = device_named(device)
+    if is_single_file(checkpoint):
+        if ema_sigma_rel is not None:
+            raise ConfigError(f"--ema-sigma-rel: {checkpoint} is a single file, which has no snapshots of a training")
+        pipeline = LatentDiffPipeline(**load_single_file(checkpoint, single_file_config, dtype=DTYPES[dtype]))
+        pipeline.register_to_config(_name_or_path=checkpoint)
+    else:
+        pipeline = _load_folder(checkpoint, dtype, ema_sigma_rel)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(place)
+
+
+def _load_folder(checkpoint: str, dtype: str, ema_sigma_rel: float | None) -> LatentDiffPipeline:
+    """Of a folder or from the Hub."""
     folder = Path(checkpoint)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ConfigError(f"{checkpoint} holds no model_index.json: give the folder of a whole saved pipeline")
     if not folder.exists() and not HUB_ID.fullmatch(checkpoint):
         raise ConfigError(f"{checkpoint}: no such folder (nor is it the name of a model on the Hub, owner/name)")
-    hide_loading_bars()
-    place = device_named(device)
     try:
         files = folder if folder.exists() else LatentDiffPipeline.download(checkpoint)
         pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype])
@@ -137,8 +161,7 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if folder.exists() else "neither a folder here nor a model to be had from the Hub"
         raise ConfigError(f"{checkpoint}: {where}: {first_line(error)}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(place)
+    return pipeline
 
 
 def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
@@ -146,37 +169,63 @@ def _load_guide_unet(folder: Path, pipeline: LatentDiffPipeline) -> Network:
     return Network(unet.to(pipeline.device).eval(), folder_ingredient(folder))
 
 
-def _load_lora(folder: Path, pipeline: LatentDiffPipeline) -> Ingredient:
-    """Give the pipeline the LoRA weights in a folder, and the scheduler that they were distilled for, if they were; say
-    how many of their layers it has."""
-    if not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
-        raise ConfigError(f"--lora {folder}: holds no {LORA_WEIGHT_NAME_SAFE}")
+def _load_lora(path: Path, pipeline: LatentDiffPipeline) -> Ingredient:
+    """Give the pipeline LoRA weights, diffusers' or sd-scripts', and the scheduler that they were distilled for, if
+    they were; say how many of their layers it has."""
+    file = _lora_file(path)
+    if file.name == LORA_WEIGHT_NAME_SAFE:  # as a run leaves it, perhaps with a scheduler beside it
+        path = file.parent
     if not is_peft_available():
         raise ConfigError("--lora: needs the package peft: pip install 'latentdiff[lora]'")
     try:
-        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
+        with safe_open(file, "pt") as weights:
+            layers = [name for name in list(weights.keys()) if name.endswith(_LORA_LAYER)]
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"--lora {folder}: does not fit this checkpoint: {first_line(error)}") from None
-    _say_fit(folder, pipeline)
-    if (folder / SCHEDULER_CONFIG_NAME).is_file():
-        pipeline.scheduler = ConsistencyScheduler.from_pretrained(folder)
-    return folder_ingredient(folder)
+        raise ConfigError(f"--lora {file}: does not fit this checkpoint: {first_line(error)[:300]}") from None
+    _say_fit(path, len(layers), pipeline)
+    if path.is_dir() and (path / SCHEDULER_CONFIG_NAME).is_file():
+        pipeline.scheduler = ConsistencyScheduler.from_pretrained(path)
+    return folder_ingredient(path)
 
 
-def _say_fit(folder: Path, pipeline: LatentDiffPipeline) -> None:
+def _lora_file(path: Path) -> Path:
+    """The file of LoRA weights: what was given, or the one in that folder.
+
+    Raises:
+        ConfigError: there is none, there are several, or it is a pickle.
+    """
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if path / LORA_WEIGHT_NAME_SAFE in found:
+            return path / LORA_WEIGHT_NAME_SAFE
+        if len(found) > 1:
+            raise ConfigError(f"--lora {path}: holds {len(found)} .safetensors files: give one, such as {found[0]}")
+        if not found:
+            raise ConfigError(f"--lora {path}: holds no {LORA_WEIGHT_NAME_SAFE}, nor another .safetensors file")
+        return found[0]
+    if not path.is_file():
+        raise ConfigError(f"--lora {path}: no such file or folder")
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"--lora {path}: such a file may run code when it is read; give a .safetensors file")
+    return path
+
+
+def _say_fit(path: Path, count: int, pipeline: LatentDiffPipeline) -> None:
     """diffusers leaves out what does not fit: adapters of another model would be drawn with as if they were not there.
+
+    Args:
+        count: layers that the file has.
 
     Raises:
         ConfigError: none fits.
     """
-    layers, _ = pipeline.lora_state_dict(folder, weight_name=LORA_WEIGHT_NAME_SAFE)
-    count = sum(name.endswith(("lora_A.weight", ".down.weight", "lora_down.weight")) for name in layers)
     networks = (pipeline.unet, pipeline.text_encoder)
     fitting = sum(bool(getattr(module, "lora_A", None)) for network in networks for module in network.modules())
     if not fitting:
-        raise ConfigError(f"--lora {folder}: none of its {count} layers is one of this checkpoint's")
+        raise ConfigError(f"--lora {path}: none of its {count} layers is one of this checkpoint's")
     is_less = " (warning: the others are left out)" if fitting < count else ""
-    print(f"{folder.name}: {fitting} of {count} LoRA layers fit this checkpoint{is_less}", file=sys.stderr)
+    print(f"{path.name}: {fitting} of {count} LoRA layers fit this checkpoint{is_less}", file=sys.stderr)
 
 
 def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", scale: float = 0.0) -> Network:

@@ -295,6 +295,8 @@ def file_ingredient(path: str | os.PathLike) -> Ingredient:
 
 
 def folder_ingredient(folder: str | os.PathLike, hub_id: str | None = None) -> Ingredient:
-    """A saved pipeline or model by its Hub id or its folder's last name, and its hash."""
+    """A saved pipeline or model by its Hub id or its folder's last name, and its hash; or one in a single file."""
+    if os.path.isfile(folder):
+        return file_ingredient(folder)
     name = hub_id or Path(folder).resolve().name
     return Ingredient(name=printable(name)[:MAX_NAME] or "?", sha256=folder_sha256(folder))

@@ -46,6 +46,7 @@ def redraw(command: Redraw) -> None:
         recipe.ema_sigma_rel,
         command.lora,
         hub_id=hub_id,
+        single_file_config=command.single_file_config,
     )
     now = as_of_now(recipe, networks, command)
     _tell([*differences(recipe, now), *excess(now, networks)], command)
@@ -114,7 +115,7 @@ def find_checkpoint(checkpoint: Ingredient, command: Redraw) -> str:
             f"{picture} was drawn by {checkpoint.name!r} of the Hub, which is not on this machine: "
             f"--checkpoint {checkpoint.name} loads it"
         )
-    raise ConfigError(f"{picture} was drawn by {checkpoint.name!r}: say where it lies with --checkpoint FOLDER")
+    raise ConfigError(f"{picture} was drawn by {checkpoint.name!r}: say where it lies with --checkpoint")
 
 
 def as_of_now(recipe: Recipe, networks: Networks, command: Redraw) -> Recipe:

@@ -75,10 +75,11 @@ def open_studio(options: Serve) -> "Studio":
     from .loading import load_networks
     from .session import Studio
 
-    networks = load_networks(options.checkpoint, options.device, options.dtype, lora=options.lora)
+    how = {"device": options.device, "dtype": options.dtype, "single_file_config": options.single_file_config}
+    networks = load_networks(options.checkpoint, lora=options.lora, **how)
     if options.inpaint_checkpoint is None:
         return Studio(networks)
-    return Studio(networks, load_networks(options.inpaint_checkpoint, options.device, options.dtype))
+    return Studio(networks, load_networks(options.inpaint_checkpoint, **how))
 
 
 def launch(studio: "Studio", options: Serve, folder: Path) -> "gradio.Blocks":

@@ -1,4 +1,4 @@
-"""Load the networks of a Stable-Diffusion-shaped folder or Hub id."""
+"""Load the networks of a Stable-Diffusion-shaped folder, Hub id or single file."""
 
 import logging
 import os
@@ -13,20 +13,30 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils.errors import ConfigError, first_line
-from ..utils.files import check_shipped
+from ..utils.files import check_shipped, is_single_file
 from .parts import FrozenParts, freeze
+from .single_file import load_single_file
 from .unet import UNET_CLASSES, UNet
 
 logger = logging.getLogger(__name__)
 
 
-def load_frozen(path: str, revision: str | None = None, variant: str | None = None) -> FrozenParts:
-    """VAE, text encoder and tokenizer of a Stable-Diffusion-shaped folder or Hub id, in fp32, eval mode, no gradients.
+def load_frozen(
+    path: str, revision: str | None = None, variant: str | None = None, single_file_config: str | None = None
+) -> FrozenParts:
+    """VAE, text encoder and tokenizer of a Stable-Diffusion-shaped model, in fp32, eval mode, no gradients.
+
+    Args:
+        path: a folder, a Hub id, or a single file.
+        single_file_config: of such a file, the `config` of `load_single_file`.
 
     Raises:
         ConfigError: one of them is not there or cannot be read.
     """
     check_shipped(path, "pretrained_model_name_or_path: ")
+    if is_single_file(path):
+        parts = _of_single_file(path, single_file_config, "vae", "text_encoder", "tokenizer")
+        return FrozenParts(freeze(parts["vae"]), freeze(parts["text_encoder"]), parts["tokenizer"])
     parts = {}
     for name, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("tokenizer", CLIPTokenizer)):
         options = {"subfolder": name, "revision": revision}
@@ -49,12 +59,16 @@ def load_vae(path: str) -> AutoencoderKL:
     return _load(AutoencoderKL, path, options, setting="decoder_of").float()
 
 
-def load_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNet:
-    """The UNet of a Stable-Diffusion-shaped folder or Hub id, in fp32, to go on training.
+def load_unet(
+    path: str, revision: str | None = None, variant: str | None = None, single_file_config: str | None = None
+) -> UNet:
+    """The UNet of a Stable-Diffusion-shaped model, in fp32, to go on training; arguments as `load_frozen`.
 
     Raises:
         ConfigError: it is not there or cannot be read.
     """
+    if is_single_file(path):
+        return _of_single_file(path, single_file_config, "unet")["unet"]
     variant = variant or _variant_of(path, "unet")
     options = {"subfolder": "unet", "revision": revision, "variant": variant, "use_safetensors": True}
     return _load(unet_class(path, subfolder="unet", revision=revision), path, options).float()
@@ -116,18 +130,24 @@ def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_
         raise ConfigError(f"{setting}: no {options['subfolder']} could be loaded from {path!r} ({what})") from error
 
 
+def _of_single_file(path: str, config: str | None, *parts: str) -> dict:
+    return load_single_file(path, config, parts, setting="single_file_config")
+
+
 def hide_loading_bars() -> None:
     """Switch off the libraries' bars for loading and saving weights, which take no time here and hide our own lines."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_schedule(source: str, revision: str | None = None) -> DDPMScheduler:
-    """The noise schedule of a Stable-Diffusion-shaped folder or Hub id.
+def load_schedule(source: str, revision: str | None = None, single_file_config: str | None = None) -> DDPMScheduler:
+    """The noise schedule of a Stable-Diffusion-shaped model; arguments as `load_frozen`.
 
     Raises:
         ConfigError: there is none.
     """
+    if is_single_file(source):
+        return DDPMScheduler.from_config(_of_single_file(source, single_file_config, "scheduler")["scheduler"].config)
     try:
         return DDPMScheduler.from_pretrained(source, subfolder="scheduler", revision=revision)
     except OSError:

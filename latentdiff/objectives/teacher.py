@@ -50,7 +50,8 @@ def load_teacher(
     source, revision, variant = config.consistency_teacher, None, None
     if source is None:
         source, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
-    unet, theirs = freeze(load_unet(source, revision, variant)), load_schedule(source, revision)
+    unet = freeze(load_unet(source, revision, variant, config.single_file_config))
+    theirs = load_schedule(source, revision, config.single_file_config)
     if not torch.equal(theirs.alphas_cumprod, scheduler.alphas_cumprod):
         raise ConfigError(f"consistency_teacher: {source!r} has another noise schedule than the student")
     _check_inputs("consistency_teacher", unet, student)

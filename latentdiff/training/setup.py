@@ -86,12 +86,12 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
         ConfigError: a part is missing, the UNet does not fit the VAE or the text encoder, or that cannot be trained.
     """
     source = config.pretrained_model_name_or_path
-    parts = load_frozen(source, config.revision, config.variant)
+    parts = load_frozen(source, config.revision, config.variant, config.single_file_config)
     latent_channels, text_width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
     objective, in_channels = objective_of(config), task_of(config).in_channels(latent_channels)
     scheduler = _noise_schedule(config)
     if config.unet == "pretrained":
-        unet = load_unet(source, config.revision, config.variant)
+        unet = load_unet(source, config.revision, config.variant, config.single_file_config)
     else:
         unet = build_unet(
             config.unet,
@@ -149,7 +149,7 @@ def _check_fits(config: TrainConfig, unet: UNet, latent_channels: int, in_channe
 def _noise_schedule(config: TrainConfig) -> DDPMScheduler:
     """A new schedule or the pretrained model's own, with what the settings change in it."""
     if config.unet == "pretrained":
-        scheduler = load_schedule(config.pretrained_model_name_or_path, config.revision)
+        scheduler = load_schedule(config.pretrained_model_name_or_path, config.revision, config.single_file_config)
     else:
         scheduler = DDPMScheduler(
             beta_schedule=config.beta_schedule,

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import ConfigError
@@ -44,17 +45,18 @@ def check_shipped(name: str, setting: str = "") -> None:
         )
 
 
-def write_whole(path: str | os.PathLike, content: bytes, aside: Path | None = None) -> None:
+def write_whole(path: str | os.PathLike, content: bytes | Callable[[Path], object], aside: Path | None = None) -> None:
     """Write aside, sync, rename: nobody ever finds half a file. The folder is made if need be.
 
     Args:
+        content: the bytes, or what writes them to a path where memory should not hold them twice.
         aside: where it is written at first, in the same folder; by default a hidden name of this process.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside or path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
+        content(aside) if callable(content) else aside.write_bytes(content)
         move_into_place(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -90,6 +92,12 @@ def move_into_place(aside: Path, final: Path) -> None:
         sync(path)
     os.replace(aside, final)
     sync(final.parent)
+
+
+def is_single_file(path: str | os.PathLike) -> bool:
+    """Whether a path, there or not, is one of a model in a single file, and not a folder or a name on the Hub."""
+    named = Path(path).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+    return os.path.isfile(path) or (named and not os.path.isdir(path))
 
 
 def file_sha256(path: str | os.PathLike) -> str:
