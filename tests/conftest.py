@@ -29,7 +29,7 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_MODULES_C
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tiny import make_pictures, reset_accelerate, tiny_components  # noqa: E402
+from tiny import make_pictures, original_components, reset_accelerate, tiny_components  # noqa: E402
 
 
 @pytest.fixture
@@ -79,6 +79,18 @@ def tiny_pipeline_folder(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     LatentDiffPipeline(**tiny_components()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original_folder(tmp_path_factory) -> Path:
+    """A saved folder at toy size of Stable Diffusion 1's shape, and beside it `original.safetensors`, the same in a
+    single file: not to be written to."""
+    from latentdiff import LatentDiffPipeline, cli
+
+    folder = tmp_path_factory.mktemp("original") / "original"
+    LatentDiffPipeline(**original_components()).save_pretrained(folder)
+    cli.main(["export", str(folder), str(folder.with_suffix(".safetensors"))])
     return folder
 
 

@@ -92,3 +92,43 @@ def make_pictures(folder: Path, count: int) -> Path:
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i} of a cat"}) for i in range(count)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def original_components(version: int = 1, in_channels: int = 4, prediction_type: str = "epsilon") -> dict:
+    """As `tiny_components`, but of the shape of Stable Diffusion 1 or 2: four levels, an f8 VAE, 128 pixels.
+
+    Of fewer the coarsest grid would be a single position, whose norms are of too few numbers to repeat.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from latentdiff import DDIMScheduler
+
+    parts = tiny_components()
+    with torch.random.fork_rng():
+        torch.manual_seed(version)
+        text_config = parts["text_encoder"].config
+        text_config.hidden_size, text_config.num_attention_heads = 64, 1
+        text_config.num_hidden_layers = {1: 2, 2: 23}[version]
+        text_config.hidden_act = {1: "quick_gelu", 2: "gelu"}[version]
+        parts["text_encoder"] = CLIPTextModel(text_config).eval()
+        parts["vae"] = AutoencoderKL(
+            block_out_channels=(32,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=128,
+        ).eval()
+        shape = {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 8}
+        if version == 2:
+            shape = {"block_out_channels": (64, 64, 64, 128), "attention_head_dim": (1, 1, 1, 2)}
+        parts["unet"] = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=in_channels,
+            cross_attention_dim=64,
+            use_linear_projection=version == 2,
+            **shape,
+        ).eval()
+    snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if prediction_type != "epsilon" else {}
+    scheduler = DDIMScheduler.from_config(parts["scheduler"].config, prediction_type=prediction_type, **snr)
+    return parts | {"scheduler": scheduler}

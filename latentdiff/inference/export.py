@@ -23,8 +23,8 @@ from ..utils.files import is_single_file, write_whole
 from .loading import DTYPES, load_pipeline
 
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
-# What Stable Diffusion's own tokenizer, which no single file has and every reader brings along, makes of a text.
-_SENTENCE, _TOKENS = "a photo of a cat", [320, 1125, 539, 320, 2368]
+# Some tokens of CLIP's own tokenizer, which no single file has and every program brings along.
+_OF_CLIP = {"a</w>": 320, "photo</w>": 1125, "of</w>": 539, "cat</w>": 2368, "<|startoftext|>": 49406}
 
 
 def export(command: Export) -> None:
@@ -110,7 +110,7 @@ def _cautions(pipeline: LatentDiffPipeline) -> list[str]:
     unusual = unusual_sizes(pipeline.unet, pipeline.vae, pipeline.text_encoder)
     if unusual:
         found.append(f"of another size than Stable Diffusion's, which some programs take alone: {', '.join(unusual)}")
-    if pipeline.tokenizer.convert_tokens_to_ids(pipeline.tokenizer.tokenize(_SENTENCE)) != _TOKENS:
+    if not _OF_CLIP.items() <= pipeline.tokenizer.get_vocab().items():
         found.append("its tokenizer is another than CLIP's, which programs bring along: they would read other words")
     if pipeline.scheduler.config.get("prediction_type") == "v_prediction" and version_of(pipeline.unet) == 1:
         found.append(

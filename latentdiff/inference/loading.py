@@ -12,6 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.schedulers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import is_peft_available
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from ..config import sampling
@@ -61,11 +62,14 @@ class Networks:
     """Which average of the weights was taken in place of the one that was saved."""
     lora: Ingredient | None = None
     """The LoRA weights that the pipeline has."""
+    single_file_config: Ingredient | None = None
+    """Whose configurations and tokenizer a checkpoint in a single file was read with, where that was chosen."""
 
     def in_recipes(self) -> dict[str, Any]:
         """What a recipe says of the checkpoint and of where and how it is run."""
         return {
             "checkpoint": self.checkpoint,
+            "single_file_config": self.single_file_config,
             "ema_sigma_rel": self.ema_sigma_rel,
             "lora": self.lora,
             "dtype": str(self.pipeline.dtype).removeprefix("torch."),
@@ -111,6 +115,7 @@ def load_networks(
         clip=None if clip is None else load_clip(clip, pipeline),
         ema_sigma_rel=ema_sigma_rel,
         lora=lora_ingredient,
+        single_file_config=_configuration(single_file_config) if is_single_file(checkpoint) else None,
     )
 
 
@@ -144,6 +149,13 @@ def load_pipeline(
         pipeline = _load_folder(checkpoint, dtype, ema_sigma_rel)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(place)
+
+
+def _configuration(source: str | None) -> Ingredient | None:
+    """A folder or Hub id by its configurations and vocabularies, which have been read by now."""
+    if source is None or Path(source).is_dir():
+        return source and folder_ingredient(source, weights=False)
+    return folder_ingredient(Path(try_to_load_from_cache(source, "model_index.json")).parent, source, weights=False)
 
 
 def _load_folder(checkpoint: str, dtype: str, ema_sigma_rel: float | None) -> LatentDiffPipeline:

@@ -106,6 +106,8 @@ class Recipe(Sampling):
     """Pictures drawn at a time, copies of which are needed to draw this one again to the last bit: a network's sums are
     rounded in another order in a batch of another size."""
     checkpoint: Ingredient
+    single_file_config: Ingredient | None = None
+    """Whose configurations and tokenizer a checkpoint in a single file was read with, where that was chosen."""
     ema_sigma_rel: float | None = None
     """Relative width of the average of the weights, where it was chosen when they were loaded (arXiv 2312.02696)."""
     lora: Ingredient | None = None
@@ -294,9 +296,10 @@ def file_ingredient(path: str | os.PathLike) -> Ingredient:
     return Ingredient(name=printable(Path(path).name)[:MAX_NAME] or "?", sha256=file_sha256(path))
 
 
-def folder_ingredient(folder: str | os.PathLike, hub_id: str | None = None) -> Ingredient:
-    """A saved pipeline or model by its Hub id or its folder's last name, and its hash; or one in a single file."""
+def folder_ingredient(folder: str | os.PathLike, hub_id: str | None = None, weights: bool = True) -> Ingredient:
+    """A saved pipeline or model by its Hub id or its folder's last name, and its hash, with or without that of its
+    weights; or a model in a single file."""
     if os.path.isfile(folder):
         return file_ingredient(folder)
     name = hub_id or Path(folder).resolve().name
-    return Ingredient(name=printable(name)[:MAX_NAME] or "?", sha256=folder_sha256(folder))
+    return Ingredient(name=printable(name)[:MAX_NAME] or "?", sha256=folder_sha256(folder, weights))

@@ -67,7 +67,7 @@ def check_given(command: Redraw, recipe: Recipe) -> None:
     """Raise a ConfigError unless everything that the recipe needs is given, and nothing else."""
     if command.output is not None and command.output.suffix.lower() != ".png":
         raise ConfigError(f"--output {command.output}: must end in .png, which carries the recipe")
-    for name in ("image", "mask", "guide_unet", "clip", "lora"):
+    for name in ("image", "mask", "guide_unet", "clip", "lora", "single_file_config"):
         flag, wanted, given = f"--{name.replace('_', '-')}", getattr(recipe, name), getattr(command, name)
         if wanted is not None and given is None:
             raise ConfigError(f"{command.picture} was made with {wanted.name!r}: give it with {flag}")
@@ -128,6 +128,7 @@ def as_of_now(recipe: Recipe, networks: Networks, command: Redraw) -> Recipe:
         clip=recipe.clip and networks.clip.ingredient,
         lora=networks.lora,
         checkpoint=networks.checkpoint,
+        single_file_config=networks.single_file_config,
         device=networks.pipeline.device.type,
         version=__version__,
         batch_size=command.batch_size or recipe.batch_size,
@@ -136,7 +137,7 @@ def as_of_now(recipe: Recipe, networks: Networks, command: Redraw) -> Recipe:
 
 def differences(then: Recipe, now: Recipe) -> Iterator[str]:
     """What is not as it was, in words; the device apart, which is nobody's mistake."""
-    for name in ("checkpoint", "lora", "guide_unet", "clip", "image", "mask"):
+    for name in ("checkpoint", "single_file_config", "lora", "guide_unet", "clip", "image", "mask"):
         was, is_now = getattr(then, name), getattr(now, name)
         if was is not None and was.sha256 != is_now.sha256:
             what = name.replace("_", " ")

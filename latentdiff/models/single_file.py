@@ -64,6 +64,8 @@ def load_single_file(
             f"{path}: the configurations and the tokenizer of {of} are not to be had from the Hub "
             f"({first_line(error)}): give the folder of a model of its kind with {setting}"
         ) from None
+    except NotImplementedError:  # a weight that is nowhere has no place to go to
+        raise ConfigError(f"{path}: lacks weights that the configurations of {of} ask for ({setting})") from None
     except Exception as error:  # diffusers looks at nothing before it takes it for what it expects
         what = first_line(error).split(". ")[0][:300]
         raise ConfigError(f"{path}: does not fit the configurations of {of} ({setting}): {what}") from None

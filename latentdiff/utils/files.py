@@ -106,11 +106,14 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_sha256(folder: str | os.PathLike) -> str:
+def folder_sha256(folder: str | os.PathLike, weights: bool = True) -> str:
     """SHA-256 over the names and contents of the configs, vocabularies and safetensors of a pipeline or a model.
 
     Of a pipeline only the folders of its parts count, not what else lies there, such as pictures and checkpoints of its
     training. A file is read once in a process unless it changes.
+
+    Args:
+        weights: False leaves these out.
     """
     folder = Path(folder)
     roots = [path for path in folder.iterdir() if path.is_dir()] if (folder / "model_index.json").is_file() else []
@@ -118,7 +121,8 @@ def folder_sha256(folder: str | os.PathLike) -> str:
         parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         roots = [root for root in roots if isinstance(parts.get(root.name), list)]
     digest = hashlib.sha256()
-    for path in sorted(path for root in roots or [folder] for path in _read_at_loading(root)):
+    files = (path for root in roots or [folder] for path in _read_at_loading(root))
+    for path in sorted(path for path in files if weights or path.suffix in (".json", ".txt")):
         status = path.stat()
         content = _content_sha256(path, status.st_size, status.st_mtime_ns)
         digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())

@@ -108,6 +108,7 @@ def test_yaml_as_a_person_writes_it(tmp_path):
         ("max_train_steps", True),
         ("validation_prompts", "a cat"),
         ("save_dtype", None),
+        ("single_file_config", "a folder"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(field, value):
@@ -129,6 +130,9 @@ def test_settings_that_exclude_each_other(tmp_path):
         TrainConfig(task="inpaint", validation_prompts=("a cat",))
     with pytest.raises(ConfigError, match="beta_start and beta_end"):
         TrainConfig(beta_schedule="squaredcos_cap_v2", beta_end=0.01)
+    for name in ("revision", "variant"):
+        with pytest.raises(ConfigError, match=f"{name}: has no effect on the single file 'a.safetensors'"):
+            TrainConfig(pretrained_model_name_or_path="a.safetensors", **{name: "fp16"})
 
 
 def test_settings_are_frozen():

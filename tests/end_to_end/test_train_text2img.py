@@ -135,6 +135,19 @@ def test_one_step_is_adamw_on_the_clipped_gradient(train, settings, prediction_t
         torch.testing.assert_close(ours[clear], wanted[clear], rtol=1e-5, atol=2e-6)
 
 
+def test_a_single_file_is_trained_as_its_folder(train, original_folder, tmp_path):
+    """Other weights or another schedule would be trained than those in the file."""
+    file, changes = original_folder.with_suffix(".safetensors"), {"max_train_steps": 1}
+    one = train(pretrained_model_name_or_path=str(original_folder), output_dir=str(tmp_path / "one"), **changes)
+    source = {"pretrained_model_name_or_path": str(file), "single_file_config": str(original_folder)}
+    two = train(**source, output_dir=str(tmp_path / "two"), **changes)
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+    for a, b in zip(parameters(one), parameters(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    card = (two / "README.md").read_text()
+    assert "--pretrained_model_name_or_path original.safetensors" in card and str(original_folder) not in card
+
+
 def test_two_micro_batches_of_four_are_one_of_eight(train, tmp_path):
     """Accumulated gradients would be summed, cut too early, or be of other pictures."""
     one = train(output_dir=str(tmp_path / "one"), adam_epsilon=1e-4)
