@@ -193,7 +193,7 @@ def test_measures_print_and_write_json(monkeypatch, tmp_path, capsys):
             **quoted, count=count, gallery_size=7, drawn=recall, ceiling=recall, floor=recall
         )
 
-    monkeypatch.setattr(retrieval, "load_pipeline", lambda checkpoint, device: LatentDiffPipeline(**tiny_components()))
+    monkeypatch.setattr(retrieval, "load_pipeline", lambda *_, **options: LatentDiffPipeline(**tiny_components()))
     monkeypatch.setattr(features, "load", lambda device: None)
     flags = ["--count", "12", "--num-inference-steps", "4", "--guidance-scale", "2", "--seed", "9"]
     for name, module in (("retrieval", retrieval), ("backgrounds", backgrounds)):

@@ -31,6 +31,8 @@ from .recipe import Ingredient, Recipe, folder_ingredient
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 # How the first of a LoRA layer's two matrices is called: by peft, by diffusers once, by sd-scripts.
 _LORA_LAYER = ("lora_A.weight", ".down.weight", "lora_down.weight")
+# diffusers says in a page what `_load_lora` says in a line.
+diffusers.utils.logging.get_logger("diffusers.loaders.peft").setLevel(diffusers.utils.logging.CRITICAL)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OURS = {kind.__name__: kind for kind in (DDIMScheduler, DDPMScheduler, ConsistencyScheduler)}
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {
@@ -194,7 +196,9 @@ def _load_lora(path: Path, pipeline: LatentDiffPipeline) -> Ingredient:
             layers = [name for name in list(weights.keys()) if name.endswith(_LORA_LAYER)]
         pipeline.load_lora_weights(file.parent, weight_name=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"--lora {file}: does not fit this checkpoint: {first_line(error)[:300]}") from None
+        if "not found in the base model" in str(error):  # peft names all of them
+            raise ConfigError(f"--lora {path}: its layers are those of another model than this checkpoint") from None
+        raise ConfigError(f"--lora {path}: does not fit this checkpoint: {first_line(error)[:300]}") from None
     _say_fit(path, len(layers), pipeline)
     if path.is_dir() and (path / SCHEDULER_CONFIG_NAME).is_file():
         pipeline.scheduler = ConsistencyScheduler.from_pretrained(path)

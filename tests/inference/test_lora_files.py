@@ -92,7 +92,7 @@ def test_what_is_no_lora_is_one_line(files, tiny_pipeline_folder, tmp_path, caps
         (several, f"holds 2 .safetensors files: give one, such as {several / 'a.safetensors'}"),
         (empty, "holds no pytorch_lora_weights.safetensors, nor another"),
         (tmp_path / "no.safetensors", "no.safetensors: no such file or folder"),
-        (tmp_path / "other.safetensors", "other.safetensors: does not fit this checkpoint"),
+        (tmp_path / "other.safetensors", "other.safetensors: its layers are those of another model"),
         (tmp_path / "loha.safetensors", "loha.safetensors: does not fit this checkpoint"),
         (tmp_path / "half.safetensors", "half.safetensors: does not fit this checkpoint"),
         (tmp_path / "cut.safetensors", "cut.safetensors: does not fit this checkpoint"),
