@@ -101,20 +101,17 @@ def test_what_windows_has_is_enough(settings, tmp_path):
     settings |= {"validation_prompts": "a cat", "validation_inference_steps": 1, "aspect_ratio_buckets": True}
     words = [word for word in flags(settings) if word != "True"]
     draw = ["generate", "run", "--num-inference-steps", "1", "--prompts", "a: b?", "--grid", "grid.png"]
-    said = run(
+    run(
         f"""
 train = {words!r}
 latentdiff.cli.main(["train", *train])
 gc.collect()  # what the run had open, as at the end of its process
 latentdiff.cli.main(["train", *train, "--resume_from_checkpoint", "latest", "--max_train_steps", "3"])
-gc.collect()
-latentdiff.cli.main(["check", *train])
 latentdiff.cli.main({draw!r} + ["--output-dir", "drawn"])
 {EVERY_MODULE}
 """,
         tmp_path,
     )
-    assert "memory: a step needs" in said
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").open(encoding="utf-8")][-1] == 3
     assert (tmp_path / "grid.png").is_file() and [path.name for path in (tmp_path / "drawn").iterdir()]
 
