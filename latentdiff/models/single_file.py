@@ -52,11 +52,26 @@ def load_single_file(
     changes = _check_whole(path)
     if config is not None and Path(config).exists() and not (Path(config) / "model_index.json").is_file():
         raise ConfigError(f"{setting}: {config} holds no model_index.json: give the folder of a whole saved pipeline")
-    # What is given as None is not loaded.
+    pipeline = _read(path, config, parts, setting)
+    loaded = {name: getattr(pipeline, name) for name in parts}
+    for name, part in loaded.items():
+        if isinstance(part, torch.nn.Module):
+            lacking = [weight for weight, tensor in part.state_dict().items() if tensor.is_meta]
+            if lacking:
+                raise ConfigError(f"{path}: lacks {len(lacking)} weights of its {name}, such as {lacking[0]}")
+            loaded[name] = torch.nn.Module.to(part, dtype).eval()  # diffusers' own `to` warns, of no weight
+    if "scheduler" in loaded:
+        loaded["scheduler"] = _as_declared(loaded["scheduler"], changes)
+    return loaded
+
+
+def _read(path: str | Path, config: str | None, parts: tuple[str, ...], setting: str) -> StableDiffusionPipeline:
+    """By diffusers, whose errors become one line."""
     of = config or "the Stable Diffusion that it looks like"
+    # What is given as None is not loaded.
     absent = {name: None for name in (*PARTS, "safety_checker", "feature_extractor") if name not in parts}
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(
+        return StableDiffusionPipeline.from_single_file(
             str(path), config=config, requires_safety_checker=False, **absent
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
@@ -69,16 +84,6 @@ def load_single_file(
     except Exception as error:  # diffusers looks at nothing before it takes it for what it expects
         what = first_line(error).split(". ")[0][:300]
         raise ConfigError(f"{path}: does not fit the configurations of {of} ({setting}): {what}") from None
-    loaded = {name: getattr(pipeline, name) for name in parts}
-    for name, part in loaded.items():
-        if isinstance(part, torch.nn.Module):
-            lacking = [weight for weight, tensor in part.state_dict().items() if tensor.is_meta]
-            if lacking:
-                raise ConfigError(f"{path}: lacks {len(lacking)} weights of its {name}, such as {lacking[0]}")
-            loaded[name] = torch.nn.Module.to(part, dtype).eval()  # diffusers' own `to` warns of nothing
-    if "scheduler" in loaded:
-        loaded["scheduler"] = _as_declared(loaded["scheduler"], changes)
-    return loaded
 
 
 def _check_whole(path: str | Path) -> dict[str, Any]:
