@@ -33,6 +33,7 @@ from latentdiff.pipelines.guided_sampling import GuidedSampling
 from latentdiff.pipelines.portable_saving import PortableSaving, adopt_scheduler
 from latentdiff.pipelines.prompt_embedding import PromptEmbedding
 from latentdiff.utils.images import upright_rgb
+from latentdiff.utils.weight_files import only_variant
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +144,8 @@ class LatentPipeline(
     ) -> "LatentPipeline":
         """A saved pipeline as diffusers loads it, with the average of another length if that is wanted.
 
+        A folder that holds weights of one variant only, such as "fp16", loads without naming it.
+
         Args:
             pretrained_model_name_or_path: a folder, or a model on the Hub.
             ema_sigma_rel, ema_step: as `load_ema` takes them; without, the weights are those that were saved.
@@ -155,6 +158,8 @@ class LatentPipeline(
             raise ValueError("ema_step: has no effect without ema_sigma_rel")
         if ema_sigma_rel is not None and (passed := {"unet", "text_encoder"} & kwargs.keys()):
             raise ValueError(f"{passed.pop()} and ema_sigma_rel: give one of them")
+        if kwargs.get("variant") is None and (variant := only_variant(pretrained_model_name_or_path)):
+            kwargs["variant"] = variant
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if ema_sigma_rel is not None:
             hub = {name: value for name, value in kwargs.items() if name in _OF_THE_HUB}

@@ -9,12 +9,17 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
 from latentdiff.diffusion.noise_schedule import make_betas
 from latentdiff.diffusion.posthoc_ema import copy_snapshots
@@ -22,6 +27,7 @@ from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
 from latentdiff.diffusion.scheduling_ddim import DDIMScheduler
 from latentdiff.diffusion.scheduling_ddpm import DDPMScheduler
 from latentdiff.diffusion.unet_inputs import is_for_inpainting
+from latentdiff.utils.weight_files import move_saved, write_earlier_names
 
 logger = logging.get_logger(__name__)
 
@@ -157,6 +163,27 @@ def keep_code(network: object) -> None:
         network_code(kind)
 
 
+def _merged(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy with its adapters, as they are switched on and scaled, in the weights; with the names that adapters give
+    them diffusers would save weights that load as random numbers, and transformers the adapters alone."""
+    network = deepcopy(getattr(network, "_orig_mod", network))
+    for layer in [module for module in network.modules() if hasattr(module, "merged_adapters")]:  # peft's
+        if not layer.disable_adapters and set(layer.active_adapters) - set(layer.merged_adapters):
+            layer.merge()
+    recurse_remove_peft_layers(network)
+    del network.peft_config
+    network._hf_peft_config_loaded = False  # by which both libraries tell what they save
+    return network
+
+
+def _settle_files(folder: Path) -> None:
+    """Weights that others may read as they may the index, by name and by the umask, where safetensors has neither."""
+    for part in (path for path in folder.iterdir() if path.is_dir()):
+        write_earlier_names(part)
+        for weights in part.glob("*.safetensors"):
+            shutil.copymode(folder / "model_index.json", weights)
+
+
 class PortableSaving:
     """`save_pretrained` and the index for a DiffusionPipeline over Stable Diffusion's components."""
 
@@ -182,6 +209,10 @@ class PortableSaving:
         `trust_remote_code=True`. With `push_to_hub` the whole folder, with the README.md in it, goes to `repo_id` (by
         default the folder's name); the next four arguments are for that.
 
+        It is written aside and then moved, so that nothing is lost where saving fails, and what another model left
+        there (weights whole, in shards or pickled, of the same variant) is not read in its place. LoRA weights that are
+        loaded are saved as part of the others, as they act now. All releases of transformers read the weights' names.
+
         Args:
             ema_snapshots: take along the snapshots that lie where this was loaded from, each as large as a network in
                 fp32, so that `ema_sigma_rel` can be chosen where the copy is loaded.
@@ -189,10 +220,15 @@ class PortableSaving:
         Raises:
             ValueError: there are no snapshots to take along.
         """
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        saved = super(PortableSaving, self._without_adapters())
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as aside:
+            saved.save_pretrained(aside, safe_serialization, variant, max_shard_size)
+            if kind := carried_class(self.unet):
+                Path(aside, "unet", f"{_module_name(kind)}.py").write_text(network_code(kind), encoding="utf-8")
+            _settle_files(Path(aside))
+            move_saved(Path(aside), Path(save_directory))
         write_code(save_directory)
-        if kind := carried_class(self.unet):
-            Path(save_directory, "unet", f"{_module_name(kind)}.py").write_text(network_code(kind), encoding="utf-8")
         if ema_snapshots:
             copy_snapshots(self.name_or_path, save_directory)
         if push_to_hub:
@@ -200,6 +236,13 @@ class PortableSaving:
             hub = {"private": private, "token": token, "commit_message": commit_message, "create_pr": create_pr}
             repo_id = repo_id or Path(save_directory).resolve().name
             self.save_config(str(save_directory), push_to_hub=True, repo_id=repo_id, **hub)
+
+    def _without_adapters(self) -> "PortableSaving":
+        """This pipeline, or one whose networks have in their weights what LoRA adds to them here."""
+        networks = {name: network for name, network in self.components.items() if getattr(network, "peft_config", None)}
+        if not networks:
+            return self
+        return self.from_pipe(self, **{name: _merged(network) for name, network in networks.items()})
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> dict | tuple:

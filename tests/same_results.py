@@ -311,10 +311,11 @@ def digest(array) -> str:
 
 
 def digest_of_tensors(path: Path) -> str:
-    """Of the tensors by their names: the file's header may say other things about them."""
+    """Of the tensors by their names: the file's header may say other things about them. A text encoder's begin as all
+    releases of transformers read them, or, in folders of a version before 0.2, as those since 5.6 do."""
     from safetensors.numpy import load_file
 
-    tensors = load_file(path)
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}
     return hashlib.sha256("".join(f"{name} {digest(tensors[name])}\n" for name in sorted(tensors)).encode()).hexdigest()
 
 

@@ -117,7 +117,12 @@ TRAVELLERS = sorted(
 def test_what_travels_to_the_hub_needs_only_diffusers(name):
     """A repo on the Hub would not load for somebody who has only diffusers and transformers."""
     others = {module.split(".")[0] for module in imported(name)} - set(sys.stdlib_module_names) - {"latentdiff"}
-    with_diffusers = {"PIL", "huggingface_hub", "safetensors"}  # which it cannot be installed without
+    with_diffusers = {
+        "PIL",
+        "huggingface_hub",
+        "safetensors",
+        "tokenizers",
+    }  # without which neither is installed
     assert others <= {"torch", "numpy", "diffusers", "transformers"} | with_diffusers
 
 

@@ -26,6 +26,7 @@ from ..models.parts import freeze
 from ..utils import randomness
 from ..utils.errors import ConfigError, first_line
 from ..utils.flags import run_cli
+from ..utils.weight_files import only_variant, write_earlier_names
 from .pretrain import PretrainConfig, pretrain
 from .vae import blend
 
@@ -95,7 +96,8 @@ def load_text_encoder(path: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
         ConfigError: one of them is not there or cannot be read, or they do not belong together.
     """
     try:
-        encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True).float()
+        where = {"subfolder": "text_encoder", "variant": only_variant(Path(path, "text_encoder"))}
+        encoder = CLIPTextModel.from_pretrained(path, use_safetensors=True, **where).float()
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
     except (OSError, ValueError) as error:
         what = first_line(error)
@@ -381,6 +383,8 @@ def _save(config, model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> N
     size = {"height": emoji.RESOLUTION, "width": emoji.RESOLUTION}
     processor = CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor.save_pretrained(folder / "clip")
+    for saved in (path for path in folder.iterdir() if path.is_dir()):
+        write_earlier_names(saved)
 
 
 if __name__ == "__main__":

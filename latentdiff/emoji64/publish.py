@@ -25,6 +25,7 @@ from ..utils.errors import ConfigError
 from ..utils.files import packaged_checkpoint
 from ..utils.flags import run_cli
 from ..utils.model_card import model_card
+from ..utils.weight_files import write_earlier_names
 from .demo import GUIDANCE_SCALE, PROMPTS, draw
 
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -66,6 +67,8 @@ def main(config: PublishConfig) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         if path.exists():
             shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    for part in ("text_encoder", "tokenizer"):  # of a run of a version before 0.2
+        write_earlier_names(output / part)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     _plot(log, output / CURVES, objective.name)
     model_card(

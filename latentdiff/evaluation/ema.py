@@ -25,6 +25,7 @@ from ..training.data import load_data
 from ..training.held_out import HeldOutErrors, HeldOutLoss
 from ..utils.errors import ConfigError
 from ..utils.files import cache_folder, folder_sha256, write_whole
+from ..utils.weight_files import remove_replaced, write_earlier_names
 from . import features
 from .held_out_curve import training_schedule
 from .measures import emoji_reference, measure_emoji
@@ -266,6 +267,8 @@ def write_network(average: Reconstruction, folder: Path) -> None:
     try:
         write_whole(folder / weights, save(average.tensors(), metadata={"format": "pt"}))
         write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_earlier_names(folder)
+        remove_replaced(folder, {weights})
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror or error})") from None
 

@@ -26,6 +26,7 @@ from ..inference.loading import HUB_ID
 from ..models.latents import to_pixels
 from ..models.parts import fingerprint, freeze
 from ..utils.errors import ConfigError, first_line
+from ..utils.weight_files import only_variant
 from . import efficientnet_lite
 
 NETWORKS = ("efficientnet-lite0", "inception-v3")
@@ -118,7 +119,9 @@ class DinoV2(nn.Module):
             kind = AutoConfig.from_pretrained(path).model_type
             if not kind.startswith("dinov2"):
                 raise ConfigError(f"network: {path!r} holds a {kind}, not a DINOv2")
-            self.network = freeze(AutoModel.from_pretrained(path, use_safetensors=True).float())
+            self.network = freeze(
+                AutoModel.from_pretrained(path, use_safetensors=True, variant=only_variant(path)).float()
+            )
             processor, _ = BaseImageProcessor.get_image_processor_dict(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"network: no DINOv2 can be loaded from {path!r} ({first_line(error)})") from None

@@ -22,11 +22,11 @@ from ..distributed.processes import join_processes
 from ..inference.loading import load_pipeline
 from ..inference.recipe import folder_ingredient
 from ..models.latents import encode_moments, sample_latents, to_pixels
-from ..models.loading import unet_class
+from ..models.loading import load_guide_unet
 from ..models.parts import FrozenParts, encode_prompt, in_eval_mode
 from ..objectives.prediction import predict
 from ..utils import randomness
-from ..utils.errors import ConfigError, first_line
+from ..utils.errors import ConfigError
 from ..utils.files import write_whole
 from .bound import Bound, denoising_term, plot_bounds, prior_term, reverse_process, stratified_timesteps, with_error
 
@@ -219,11 +219,7 @@ def _unets(command: Likelihood, pipeline) -> Iterator[tuple[str, torch.nn.Module
     if not command.unet:
         yield OWN, pipeline.unet
     for folder in command.unet:
-        try:
-            unet = unet_class(folder).from_pretrained(str(folder), dtype=pipeline.dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            what = first_line(error)
-            raise ConfigError(f"--unet {folder}: no UNet can be loaded from it: {what}") from None
+        unet = load_guide_unet(folder, "--unet", dtype=pipeline.dtype)
         yield "/".join(folder.resolve().parts[-2:]), unet.to(pipeline.device)
 
 

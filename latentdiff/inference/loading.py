@@ -26,6 +26,7 @@ from ..public import LatentDiffPipeline
 from ..utils.devices import device_named
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import check_shipped, is_single_file
+from ..utils.weight_files import only_variant
 from .recipe import Ingredient, Recipe, folder_ingredient
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
@@ -253,7 +254,7 @@ def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", 
     if not folder.is_dir():  # else transformers would look for it on the Hub
         raise ConfigError(f"{flag} {folder}: no such folder")
     try:
-        clip = ClipGuidance.from_pretrained(folder, scale=scale)
+        clip = ClipGuidance.from_pretrained(folder, scale=scale, variant=only_variant(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{flag} {folder}: no CLIP can be loaded from it: {first_line(error)}") from None
     return Network(clip.to(pipeline.device), folder_ingredient(folder))

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import check_shipped, is_single_file
+from ..utils.weight_files import only_variant
 from .parts import FrozenParts, freeze
 from .single_file import load_single_file
 from .unet import UNET_CLASSES, UNet
@@ -41,7 +42,7 @@ def load_frozen(
     for name, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel), ("tokenizer", CLIPTokenizer)):
         options = {"subfolder": name, "revision": revision}
         if kind is not CLIPTokenizer:
-            options |= {"variant": variant or _variant_of(path, name), "use_safetensors": True}
+            options |= {"variant": variant or only_variant(Path(path, name)), "use_safetensors": True}
         parts[name] = _load(kind, path, options)
     if set(parts["tokenizer"].get_vocab()) <= set(parts["tokenizer"].all_special_tokens):
         # transformers makes an empty one where its files are missing; all captions would be the same to it
@@ -55,7 +56,7 @@ def load_vae(path: str) -> AutoencoderKL:
     Raises:
         ConfigError: it is not there or cannot be read.
     """
-    options = {"subfolder": "vae", "variant": _variant_of(path, "vae"), "use_safetensors": True}
+    options = {"subfolder": "vae", "variant": only_variant(Path(path, "vae")), "use_safetensors": True}
     return _load(AutoencoderKL, path, options, setting="decoder_of").float()
 
 
@@ -69,7 +70,7 @@ def load_unet(
     """
     if is_single_file(path):
         return _of_single_file(path, single_file_config, "unet")["unet"]
-    variant = variant or _variant_of(path, "unet")
+    variant = variant or only_variant(Path(path, "unet"))
     options = {"subfolder": "unet", "revision": revision, "variant": variant, "use_safetensors": True}
     return _load(unet_class(path, subfolder="unet", revision=revision), path, options).float()
 
@@ -88,7 +89,8 @@ def load_guide_unet(folder: str | Path, setting: str, **options) -> UNet:
     if (folder / "unet" / "config.json").is_file():
         folder = folder / "unet"
     try:
-        return unet_class(folder).from_pretrained(str(folder), use_safetensors=True, **options)
+        kind, variant = unet_class(folder), only_variant(folder)
+        return kind.from_pretrained(str(folder), use_safetensors=True, variant=variant, **options)
     except (OSError, ValueError) as error:
         what = first_line(error)
         raise ConfigError(f"{setting} {folder}: no UNet can be loaded from it: {what}") from None
@@ -105,12 +107,6 @@ def unet_class(path: str | os.PathLike, **options) -> type[UNet]:
     except (OSError, ValueError):  # loading it says what is wrong
         return UNet2DConditionModel
     return UNET_CLASSES.get(config.get("_class_name"), UNet2DConditionModel)
-
-
-def _variant_of(path: str, name: str) -> str | None:
-    """ "fp16" where a local folder holds only that variant of the part's weights."""
-    weights = [file.name for file in (Path(path) / name).glob("*.safetensors")]
-    return "fp16" if weights and all(".fp16." in file for file in weights) else None
 
 
 def _load(kind, path: str, options: dict, setting: str = "pretrained_model_name_or_path"):

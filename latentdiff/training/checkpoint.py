@@ -23,6 +23,7 @@ from ..models.parts import networks_of
 from ..utils.errors import ConfigError, RunStopped, first_line
 from ..utils.files import file_sha256, move_into_place
 from ..utils.system import sync
+from ..utils.weight_files import write_earlier_names
 from .ema import EMA, PowerEMAs
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def _save_weights(
             save_lora(whole, checkpoint / f"{name}{suffix}")
         else:
             whole.save_pretrained(checkpoint / f"{name}{suffix}")
+            write_earlier_names(checkpoint / f"{name}{suffix}")
 
 
 def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix: str = "") -> None:

@@ -7,6 +7,8 @@ from urllib.parse import unquote
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from tqdm.auto import tqdm
 
 from ..config.train import TrainConfig
@@ -22,6 +24,7 @@ from ..pipelines.portable_saving import code_files
 from ..public import LatentDiffPipeline
 from ..utils.files import give_usual_mode
 from ..utils.hub import push_folder
+from ..utils.weight_files import remove_variants
 from .card import repo_name, write_card
 from .ema import EMA, PowerEMAs
 
@@ -93,7 +96,8 @@ def finish(
     if accelerator.is_main_process:
         half = config.save_dtype == "fp16"
         if has_lora(unet):
-            save_lora(unet, Path(config.output_dir), torch.float16 if half else torch.float32)
+            save_lora(unet, folder, torch.float16 if half else torch.float32)
+            give_usual_mode(folder / LORA_WEIGHT_NAME_SAFE)
             if objective_of(
                 config
             ).draws_in_few_steps:  # whose steps the model that the adapters are for knows nothing of
@@ -104,15 +108,21 @@ def finish(
                 module.half() if half else module.float()
             as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
             settle_configurations(folder)
-        for written in (folder, *(folder / part for part in ("vae", "text_encoder", "unet"))):
-            for weights in written.glob("*.safetensors"):
-                give_usual_mode(weights)
+            remove_what_another_run_left(folder)
         write_card(config)
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
             url = push_folder(folder, repo_name(config), private=config.hub_private, files=pushed_files(folder))
             tqdm.write(f"pushed to {url}")
     accelerator.end_training()
+
+
+def remove_what_another_run_left(folder: Path) -> None:
+    """A whole model is neither loaded nor pushed with the adapters, or in another variant, of the one it replaces."""
+    for name in (LORA_WEIGHT_NAME_SAFE, SCHEDULER_CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for part in ("vae", "text_encoder", "unet"):
+        remove_variants(folder / part)
 
 
 def settle_configurations(folder: Path) -> None:

@@ -5,6 +5,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from transformers import CLIPModel
 
 from latentdiff.diffusion.clip_guidance import ClipGuidance
@@ -69,6 +70,10 @@ def test_both_parts_train_resume_exactly_and_are_what_training_takes(toy_set, tm
     assert fingerprint(straight.text_encoder) == fingerprint(resumed.text_encoder)
     clips = [CLIPModel.from_pretrained(tmp_path / name / "clip") for name in ("straight", "killed")]
     assert fingerprint(clips[0]) == fingerprint(clips[1])
+    # as all releases of transformers read them
+    with safe_open(tmp_path / "straight/text_encoder/model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+    assert all((tmp_path / "straight" / name / "merges.txt").is_file() for name in ("tokenizer", "clip"))
 
     torch.manual_seed(0)
     assert fingerprint(straight.vae) != fingerprint(pretrain_vae.build_vae())

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load, load_file
 
 from hub_server import TOKEN, USER
+from latentdiff import LatentDiffPipeline
 from latentdiff.config.presets import run_training
 from latentdiff.training import push
 from latentdiff.utils.hub import PushError
 from tests.data.test_pictures import hostile_folder
 from tests.end_to_end.test_train_text2img import draws, losses, parameters, weights
-from tiny import make_pictures, reset_accelerate
+from tiny import make_pictures, reset_accelerate, tiny_components
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # the numbers here are a CPU's
 
@@ -29,6 +30,24 @@ def test_saved_in_half_precision_it_loads_in_full(train, tmp_path):
     assert draws(half).shape == (16, 16, 3)
     for a, b in zip(parameters(half), parameters(full), strict=True):
         assert torch.equal(a.float(), b.half().float())
+
+
+def test_a_model_of_a_variant_trains_into_a_folder_of_another_run(train, tiny_pipeline_folder, tmp_path):
+    """A mirror of half the size would be no model, and who loads what became of it would get what was there before."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    LatentDiffPipeline.from_pretrained(tiny_pipeline_folder).save_pretrained(base, variant="fp16", max_shard_size="9KB")
+    former = train(max_train_steps=1, lora_rank=2)
+    LatentDiffPipeline(**tiny_components(seed=1)).save_pretrained(former, variant="fp16", max_shard_size="9KB")
+    how = {"pretrained_model_name_or_path": str(base), "max_train_steps": 1, "checkpointing_steps": 1}
+    assert train(**how, train_text_encoder=True) == former == run
+    plain = train(max_train_steps=1, train_text_encoder=True, output_dir=str(tmp_path / "plain"))
+    for part in ("unet", "text_encoder"):
+        pairs = zip(parameters(run, part), parameters(plain, part), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs) and len([*(run / part).glob("*.safetensors")]) == 1
+    assert not (run / "pytorch_lora_weights.safetensors").exists() and draws(run).shape == (16, 16, 3)
+    for saved in (run / "text_encoder", run / "checkpoint-1" / "text_encoder"):
+        assert all(name.startswith("text_model.") for name in load_file(saved / "model.safetensors"))
+    assert (run / "tokenizer" / "merges.txt").is_file()
 
 
 def test_pushed_is_the_model_and_not_the_run(hub, train, tiny_pipeline_folder):

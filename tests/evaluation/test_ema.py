@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
@@ -62,6 +63,8 @@ def test_a_text_encoder_that_was_trained_comes_with_it(train):
     assert network_equals(UNet2DConditionModel.from_pretrained(run / "both/unet"), pipeline.unet.state_dict())
     encoder = CLIPTextModel.from_pretrained(run / "both/text_encoder")
     assert network_equals(encoder, pipeline.text_encoder.state_dict())
+    with safe_open(run / "both/text_encoder/model.safetensors", "pt") as file:  # as all releases read it
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
     saved = LatentDiffPipeline.from_pretrained(run).text_encoder
     assert not network_equals(encoder, saved.state_dict())
 

@@ -6,6 +6,7 @@ import math
 import struct
 import zlib
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from latentdiff.inference import recipe as recipes
 from latentdiff.inference.recipe import Ingredient, Recipe, RecipeError, read_recipe, save_png
+
+SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 
 SHA = "0123456789abcdef" * 4
 
@@ -48,6 +51,16 @@ def changed(**changes) -> str:
 def film(**changes) -> str:
     """An interpolation's JSON with other values."""
     return json.dumps({**json.loads(of_kind("interpolate").to_json()), **changes})
+
+
+def test_shipped_pictures_are_of_the_shipped_checkpoints_still():
+    """`latentdiff redraw` would say that something else drew them, though only the names of weights have changed."""
+    for folder in (folder for folder in SHIPPED.iterdir() if (folder / "samples").is_dir()):
+        checkpoint = recipes.folder_ingredient(folder)
+        for path in (folder / "samples").glob("*.png"):
+            assert recipes.read_recipe(path).checkpoint == checkpoint, path
+    known = {recipes.folder_sha256(folder) for folder in SHIPPED.iterdir()}
+    assert set(recipes._SAME_WEIGHTS.values()) <= known and not known & set(recipes._SAME_WEIGHTS)
 
 
 @pytest.mark.parametrize("kind", recipes._OF_KIND)
