@@ -5,6 +5,7 @@ what order these are used. This class is no DiffusionPipeline itself, since diff
 """
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -40,6 +41,22 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ROUGH_PROFILE = 0.1  # an average chosen after training is warned of where more than this of its profile is missed
 _OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+# What diffusers' `AutoPipelineFor….from_pipe` makes of one of these pipelines, by where it looks that up.
+_AUTO_PIPELINES = {
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": "LatentDiffPipeline",
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": "LatentDiffImg2ImgPipeline",
+    "AUTO_INPAINT_PIPELINES_MAPPING": "LatentDiffInpaintPipeline",
+}
+
+
+def _link_auto_pipelines() -> None:
+    """Have diffusers' auto pipelines know these, where both are there; to load them for it would take a second."""
+    auto, package = (sys.modules.get(name) for name in ("diffusers.pipelines.auto_pipeline", "latentdiff"))
+    if auto is not None and package is not None:
+        for mapping, pipeline in _AUTO_PIPELINES.items():
+            getattr(auto, mapping, {}).setdefault("latentdiff", getattr(package, pipeline))
 
 
 class NotFinite(ValueError):
@@ -92,6 +109,7 @@ class LatentPipeline(
         requires_safety_checker: bool = False,
     ):
         super().__init__()
+        _link_auto_pipelines()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs a feature_extractor: pass one, or safety_checker=None")
         if safety_checker is None and requires_safety_checker:

@@ -11,6 +11,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
+import latentdiff
 from latentdiff import LatentDiffPipeline
 from latentdiff.models.loading import load_frozen, load_unet
 from latentdiff.models.parts import fingerprint
@@ -205,3 +206,19 @@ def test_weights_have_the_mode_of_the_other_files(pipe, tmp_path):
     assert {path.stat().st_mode for path in tmp_path.rglob("*.safetensors")} == {
         (tmp_path / "model_index.json").stat().st_mode
     }
+
+
+TASKS = {"Text2Image": "", "Image2Image": "Img2Img", "Inpainting": "Inpaint"}
+
+
+@pytest.mark.parametrize(("task", "kind"), [("Text2Image", "Inpaint"), ("Image2Image", ""), ("Inpainting", "Img2Img")])
+def test_auto_pipelines_know_ours(task, kind):
+    """diffusers' usual way from one task to another would end in an error; and it stays ours, with our scheduler."""
+    auto = getattr(diffusers, f"AutoPipelineFor{task}")
+    ours = getattr(latentdiff, f"LatentDiff{kind}Pipeline")(**tiny_components())
+    made = auto.from_pipe(ours)
+    assert type(made) is getattr(latentdiff, f"LatentDiff{TASKS[task]}Pipeline")
+    assert made.unet is ours.unet and type(made.scheduler) is latentdiff.DDIMScheduler
+    theirs = auto.from_pipe(diffusers.StableDiffusionPipeline.from_pipe(ours))
+    assert type(theirs) is getattr(diffusers, f"StableDiffusion{TASKS[task]}Pipeline")
+    assert type(type(made).from_pipe(theirs)) is type(made)
