@@ -83,6 +83,7 @@ def main(config: PublishConfig) -> None:
         sampler=f"{sampler}Each measure names its own.",
         call=how if is_distilled else None,
         draws_in_few_steps=is_distilled,
+        takes_guidance=objective.takes_guidance,
         data=emoji.CREDITS,
         metrics=_metrics(run),
         curves=[CURVES, *(name for name in (CURVE, SWEPT) if (run / name).exists())],

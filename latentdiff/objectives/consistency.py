@@ -45,13 +45,13 @@ class FromTeacher(Consistency):
     preset = "distill"
 
     @property
-    def _guidance_is_inside(self) -> bool:
-        """Whether the teacher's guidance is for good inside the UNet rather than an input of it."""
-        return len(self.config.consistency_guidance) == 1
+    def takes_guidance(self) -> bool:
+        """Unless one weight of the teacher's is inside for good."""
+        return len(self.config.consistency_guidance) > 1
 
     def add_inputs(self, unet: UNet) -> None:
         """That of the guidance weight, where it is to be one."""
-        if not self._guidance_is_inside:
+        if self.takes_guidance:
             add_guidance_input(unet)
 
     @property
@@ -75,7 +75,7 @@ class FromTeacher(Consistency):
 
     def drawing(self) -> dict[str, Any]:
         """Without guidance, where the teacher's is inside."""
-        return super().drawing() | ({"guidance_scale": 1.0} if self._guidance_is_inside else {})
+        return super().drawing() | ({} if self.takes_guidance else {"guidance_scale": 1.0})
 
     def guidance_in_words(self, guidance_scale: float) -> str:
         """A part of `sampler_in_words`."""

@@ -39,6 +39,11 @@ class Objective:
         """The scheduler of what is trained on a noise schedule."""
         return schedule
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance weight is an input of the UNet."""
+        return False
+
     def add_inputs(self, unet: UNet) -> None:
         """Give the UNet the inputs that it needs for this."""
 

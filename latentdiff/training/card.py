@@ -82,5 +82,6 @@ def write_card(config: TrainConfig) -> None:
         base_model=source if from_pretrained and is_hub_id else None,
         call=objective.drawing() if objective.draws_in_few_steps else None,
         draws_in_few_steps=objective.draws_in_few_steps,
+        takes_guidance=objective.takes_guidance,
         datasets=[config.dataset_name] if config.dataset_name and not Path(config.dataset_name).exists() else (),
     ).save(folder / "README.md")

@@ -9,6 +9,11 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 
 PICTURES_PER_ROW = 4
+_WITH_GUIDANCE_INPUT = "diffusers' `LatentConsistencyModelPipeline` draws the same pictures."
+_WITHOUT_GUIDANCE_INPUT = (
+    "diffusers' `LatentConsistencyModelPipeline` hands the guidance weight to the UNet, and this one takes none "
+    "(`time_cond_proj_dim` is null): draw with the classes above."
+)
 
 
 def model_card(
@@ -32,6 +37,7 @@ def model_card(
     inpaints: bool = False,
     call: Mapping[str, object] | None = None,
     draws_in_few_steps: bool = False,
+    takes_guidance: bool = False,
 ) -> ModelCard:
     """Build the README.md of a saved folder; `.save(folder / "README.md")` writes it. What is not given has no section.
 
@@ -49,6 +55,7 @@ def model_card(
         inpaints: the model paints what a mask leaves open.
         call: what else is passed where a picture is drawn.
         draws_in_few_steps: it is a consistency model, or makes one of another model (LoRA).
+        takes_guidance: the guidance weight is an input of its UNet.
 
     Raises:
         ValueError: a picture's path that is not inside the folder.
@@ -57,9 +64,12 @@ def model_card(
     for path in (*samples, *curves):
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ValueError(f"{path}: pictures of a model card must lie in its folder, as relative paths")
+    use = _usage(repo_id or "path/to/this/folder", prompt, lora_of, inpaints, call or {}, draws_in_few_steps)
+    if draws_in_few_steps and not lora_of:
+        use = f"{use}\n\n{_WITH_GUIDANCE_INPUT if takes_guidance else _WITHOUT_GUIDANCE_INPUT}"
     sections = {
         "Samples": _picturetable(samples),
-        "Use": _usage(repo_id or "path/to/this/folder", prompt, lora_of, inpaints, call or {}, draws_in_few_steps),
+        "Use": use,
         "Sampler": sampler,
         "Metrics": table(("measure", "value"), (metrics or {}).items()),
         "Training": _code("bash", training_command) if training_command else "",

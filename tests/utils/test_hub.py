@@ -16,6 +16,7 @@ from stranger import stranger_draws
 
 CODE = {"pipeline.py", "noise_schedule.py", "scheduling_ddim.py", "scheduling_ddpm.py"}
 PARTS = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
 def picture(pipe) -> torch.Tensor:
@@ -192,6 +193,17 @@ def test_model_card_of_little_has_no_empty_sections():
     text = str(model_card("bare", license="mit"))
     assert [line for line in text.splitlines() if line.startswith("#")] == ["# bare", "## Use"]
     assert "null" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("takes_guidance", [True, False])
+def test_the_card_of_a_consistency_model_names_the_classes_that_draw_with_it(takes_guidance):
+    """diffusers' class for such models ends in a TypeError where the guidance weight is no input of the UNet."""
+    text = model_card("fast", license="mit", draws_in_few_steps=True, takes_guidance=takes_guidance).text
+    assert ("`LatentConsistencyModelPipeline` draws the same" in text) == takes_guidance
+    assert ("this one takes none" in text) != takes_guidance
+    shipped = (SHIPPED / "emoji64-lcm" / "README.md").read_text()
+    assert takes_guidance or text[text.index("diffusers' `Latent") :].rstrip() in shipped
+    assert "LatentConsistency" not in model_card("f", license="mit", draws_in_few_steps=True, lora_of="base").text
 
 
 @pytest.mark.parametrize("path", ["/home/someone/cat.png", "../cat.png"])
