@@ -3,7 +3,7 @@ VENV ?= .venv
 export TOKENIZERS_PARALLELISM = false
 export TRANSFORMERS_VERBOSITY = error
 
-.PHONY: demo test lint bench browser
+.PHONY: demo test lint bench browser compat
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m latentdiff.emoji64.demo
@@ -25,6 +25,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/everything.py
+
+# Needs a package index: whether other releases of transformers and diffusers read the shipped folder.
+compat: $(VENV)/installed
+	$(VENV)/bin/python tests/compat.py
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
