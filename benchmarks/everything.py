@@ -32,6 +32,7 @@ ON_CPU = {
     "sampling": [["sampling_speed.py"], ["sampling_speed.py", "--shapes", "sd15", "--only-overhead"]],
     "few_steps": [[*FEW_STEPS, "--rows", "ddim-50", "dpm++-20"], [*FEW_STEPS, *DISTILLED]],
     "starting": [["starting.py"]],
+    "runtimes": [["runtimes.py"]],
 }
 BF16 = ["--mixed-precision", "bf16"]
 SD15 = ["--shapes", "sd15"]
@@ -49,7 +50,7 @@ ON_GPU = ON_CPU | {
 class Settings:
     """What is run."""
 
-    parts: tuple[Literal["training", "memory", "sampling", "few_steps", "starting"], ...] = tuple(ON_CPU)
+    parts: tuple[Literal["training", "memory", "sampling", "few_steps", "starting", "runtimes"], ...] = tuple(ON_CPU)
     """Which parts."""
     output: Path = Path("runs/benchmarks.md")
     """The report."""
