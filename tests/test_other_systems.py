@@ -24,7 +24,7 @@ import accelerate, datasets, diffusers, peft, torch, transformers, torch.distrib
 ways = fcntl.fcntl
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
-for name in ("fork", "getuid", "killpg", "pread", "pwrite", "sched_getaffinity", "sysconf", "uname"):
+for name in ("fork", "getuid", "killpg", "pread", "pwrite", "sysconf", "uname"):
     delattr(os, name)
 for name in [name for name in dir(mmap) if name.startswith("MADV_")]:
     delattr(mmap, name)
