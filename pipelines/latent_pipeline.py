@@ -29,7 +29,7 @@ from latentdiff.diffusion.guidance import GuidanceScale
 from latentdiff.diffusion.latent_scale import scale_latents, unscale_latents
 from latentdiff.diffusion.posthoc_ema import reconstructions, snapshots_folder
 from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
-from latentdiff.diffusion.unet_inputs import is_for_inpainting
+from latentdiff.diffusion.unet_inputs import is_for_inpainting, trained_size
 from latentdiff.pipelines.guided_sampling import GuidedSampling
 from latentdiff.pipelines.portable_saving import PortableSaving, adopt_scheduler
 from latentdiff.pipelines.prompt_embedding import PromptEmbedding
@@ -293,14 +293,14 @@ class LatentPipeline(
         """Height and width in pixels: as asked for, else of the given latents, else what the UNet was trained at."""
         if height is not None and width is not None:
             return height, width
-        size = self.unet.config.sample_size if latents is None else tuple(latents.shape[-2:])
+        if latents is not None:
+            size = tuple(side * self.vae_scale_factor for side in latents.shape[-2:])
+        else:
+            vae_config = None if self.vae is None else self.vae.config
+            size = trained_size(self.unet.config, vae_config, self.vae_scale_factor)
         if size is None:
-            raise ValueError("unet.config.sample_size is not set: pass height and width")
-        rows, columns = (size, size) if isinstance(size, int) else size
-        return (
-            rows * self.vae_scale_factor if height is None else height,
-            columns * self.vae_scale_factor if width is None else width,
-        )
+            raise ValueError("neither the unet's nor the vae's config has a sample_size: give height and width")
+        return (size[0] if height is None else height, size[1] if width is None else width)
 
     def _given_latents(self, image: PipelineImageInput) -> torch.Tensor | None:
         """`image` as (N, C, h, w) if it is latents: a tensor, or a list of them, that has their channels."""

@@ -14,6 +14,8 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.models import ImageProjection
 from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 
+from latentdiff.utils.tokens import token_limit
+
 logger = logging.get_logger(__name__)
 
 _MARKS = re.compile(r"\\[()]|\(|:\s*(?P<weight>\d*\.?\d+)\s*\)|\)|[^\\():]+|.", re.DOTALL)
@@ -173,7 +175,7 @@ class PromptEmbedding:
 
     @property
     def _max_tokens(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.model_max_length
+        return None if self.tokenizer is None else token_limit(self.tokenizer, self.text_encoder)
 
     @staticmethod
     def _check_same_length(prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None) -> None:

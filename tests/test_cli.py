@@ -143,6 +143,10 @@ def test_the_overview_lists_every_command_and_how_to_complete(capsys):
         (["generate", "x", "--prompts", "a", "--clip-guidance", "9"], "--clip-guidance SCALE and --clip FOLDER go"),
         (["generate", "x", "--prompts", "a", "--karras-sigmas", "--scheduler", "ddim"], "--karras-sigmas: is for"),
         (["generate", "x", "--prompts", "a", "--guide-unet", "u", "--negative-prompt", "b"], "--negative-prompt: has"),
+        (["generate", "x", "--prompts", "c\udce9t"], "prompts: 'c\\udce9t' is not text in UTF-8"),
+        (["generate", "x", "--prompts", "a", "--negative-prompt", "\ud83d"], "negative_prompt: '\\ud83d' is not text"),
+        (["generate", "x", "--prompts-file", "/dev/zero"], "--prompts-file /dev/zero: it is larger than 16 MiB"),
+        (["redraw", "/dev/zero"], "/dev/zero cannot be read as a PNG: it is no file"),
         (["edit", "x", "--prompts", "a"], "--image is missing"),
         (["edit", "x", "--prompts", "a", "--image", "i", "--strength", "0"], "--strength is 0; it must lie above 0"),
         (["edit", "x", "--prompts", "a", "--image", "i", "--mask-blur", "4"], "--mask-blur: has no effect without"),
@@ -175,7 +179,7 @@ def test_mistakes_are_one_clear_line(tiny_pipeline_folder, tmp_path, capsys):
     wrong_suffix = ["--num-inference-steps", "1", "--grid", str(tmp_path / "grid.what")]
     assert "grid.what cannot be written" in fails(capsys, "generate", folder, "--prompts", "a", *wrong_suffix)
     (tmp_path / "model_index.json").write_text("{")
-    assert "cannot be loaded" in fails(capsys, "retrieval", str(tmp_path))
+    assert "its model_index.json cannot be read" in fails(capsys, "retrieval", str(tmp_path))
 
 
 def test_a_model_that_the_hub_does_not_have(hub, capsys):

@@ -1,6 +1,7 @@
 """The checks that refuse what makes no sense, each with one line that names the setting."""
 
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -8,6 +9,9 @@ from ..utils.errors import ConfigError
 from ..utils.files import is_single_file
 
 Settings = Any  # a `TrainConfig`, which is checked when it is made and therefore imports this
+
+_SHORT = reprlib.Repr()  # a list in YAML may hold another a million times
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 # Settings of Adam's moments that Adafactor has not.
 ADAFACTOR_LACKS = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -20,6 +24,7 @@ def check(config: Settings) -> None:
         ConfigError: the first that makes no sense.
     """
     check_types(config)
+    is_text(config, "validation_prompts")
     _check_ranges(config)
     _check_single_file(config)
     _check_data(config)
@@ -193,7 +198,7 @@ def check_types(config: Settings) -> None:
             raise ConfigError(f"{name}: {value} is not finite")
         if not _is_a(value, kind):
             may_be = ", ".join(map(repr, choices)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
-            raise ConfigError(f"{name}: {value!r} is not what it may be: {may_be}")
+            raise ConfigError(f"{name}: {_SHORT.repr(value)} is not what it may be: {may_be}")
 
 
 def _is_a(value, kind) -> bool:
@@ -247,6 +252,16 @@ def at_least_1(command: Any, *names: str) -> None:
     for name in names:
         if getattr(command, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(command, name)}; it must be at least 1")
+
+
+def is_text(command: Any, *names: str) -> None:
+    """Raise a ConfigError that names the setting unless its texts, one or several, can be written in UTF-8: a byte of a
+    command line that is none comes as half a character, which no tokenizer takes."""
+    for name in names:
+        value = getattr(command, name) or ()
+        for text in (value,) if isinstance(value, str) else value:
+            if not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+                raise ConfigError(f"{name}: {text!a} is not text in UTF-8")
 
 
 def within(command: Any, low: float, high: float, *names: str) -> None:

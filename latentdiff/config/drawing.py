@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from ..utils.errors import ConfigError
-from .checks import at_least_1, check_single_file_config, within
+from .checks import at_least_1, check_single_file_config, is_text, within
 from .sampling import Sampling, Steps
 
 
@@ -57,6 +57,7 @@ class Drawing(Sampling, Command):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_1(self, "batch_size")
+        is_text(self, *(name for name in ("prompts", "negative_prompt", "source_prompt") if hasattr(self, name)))
         if self.num_inference_steps is not None:
             at_least_1(self, "num_inference_steps")
         within(self, 0, 2**63 - 1, "seed")

@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import tyro
 import yaml
 
 from ..utils.errors import ConfigError, first_line
-from ..utils.files import check_shipped
+from ..utils.files import check_shipped, read_at_most
 from ..utils.flags import parse_flags, user_errors
 from ..utils.suggestions import perhaps
-from ..utils.text import NotText, decoded
+from ..utils.text import decoded
 from .checks import ADAFACTOR_LACKS
 from .train import (
     DataSettings,
@@ -48,6 +47,8 @@ class TrainFlags:
 
 
 FLAT = (tyro.conf.OmitArgPrefixes,)
+
+MOST_SETTINGS = 2**20  # bytes of a file of them
 
 
 def run_training(main: Callable[[TrainConfig], None], argv: list[str] | None = None) -> None:
@@ -148,8 +149,8 @@ def read_config(path: str) -> dict:
         ConfigError: the file is missing or holds a setting that does not exist.
     """
     try:
-        values = yaml.safe_load(decoded(Path(path).read_bytes()))
-    except (OSError, NotText, yaml.YAMLError, RecursionError) as error:
+        values = yaml.safe_load(decoded(read_at_most(path, MOST_SETTINGS)))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config: {path!r} cannot be read ({first_line(error)})") from None
     if not values:
         raise ConfigError(f"config: {path!r} is empty: it would say nothing of the run that it is to start")

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, reason
 from ..utils.files import cache_folder, write_whole
 from ..utils.randomness import fraction
 from .recolour import OwnColour, own_colour, recoloured
@@ -216,7 +216,10 @@ def load() -> EmojiSet:
     recipe = hashlib.sha256(made_by.encode()).hexdigest()[:12]
     folder = cache_folder() / f"emoji{RESOLUTION}-{'-'.join(packages)}-{recipe}"
     if not (folder / "rows.json").exists():
-        _build(folder)
+        try:
+            _build(folder)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written ({reason(error)}); LATENTDIFF_CACHE names another") from None
     saved = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     rows = [
         (Concept(**{**row["concept"], "names": tuple(row["concept"]["names"])}), row["style"]) for row in saved["rows"]

@@ -19,6 +19,7 @@ from .walk import UNREAD, walk, why_unread
 logger = logging.getLogger(__name__)
 
 # Texts that lie among pictures and are captions of none.
+_NO_FILE = "is no file (a pipe, a device, a link that leads nowhere)"
 _NO_CAPTIONS = {"readme", "license", "licence", "notice", "credits", "changelog", "requirements"}
 
 
@@ -48,7 +49,8 @@ class Folder:
     def is_one(folder: Path) -> bool:
         """Whether there is anything for it in a folder."""
         names = (name for name, kind in walk(folder) if kind != "folder")
-        return any(_is_metadata(name) or _suffix(name) in SUFFIXES | UNREAD for name in names)
+        # A table, which is a source of its own, may have that name, too.
+        return any(_is_metadata(name, (".jsonl", ".csv")) or _suffix(name) in SUFFIXES | UNREAD for name in names)
 
     def rows(self) -> Iterator[Row]:
         files = _Files(self._folder)
@@ -124,11 +126,14 @@ class _Files:
         self._pictures: list[str] = []
         self._unread: list[str] = []
         self._no_files: list[str] = []
+        self._no_captions: set[str] = set()
         self._captions: dict[str, str] = {}  # by the name without suffix
         for name, kind in walk(folder, self._leave_out):
             suffix = _suffix(name)
             if _is_metadata(name):
                 self.metadata.append(name)
+            elif kind != "file" and suffix == ".txt":
+                self._no_captions.add(name)
             elif kind == "file" and suffix == ".txt":
                 # .TXT counts where there is no .txt
                 self._captions[_stem(name)] = max(name, self._captions.get(_stem(name), name))
@@ -146,8 +151,11 @@ class _Files:
 
     def named(self, inside: PurePosixPath, said: str) -> tuple[str | None, str | None]:
         """The file that metadata in the folder `inside` means, or None and why there is none."""
-        for spelling in dict.fromkeys((said, said.replace("\\", "/"))):
+        slashes = said.replace("\\", "/")
+        for spelling in dict.fromkeys((said, slashes, slashes.strip())):
             path = PurePosixPath(spelling)
+            if path.is_relative_to(self._folder.absolute()):
+                path, inside = path.relative_to(self._folder.absolute()), PurePosixPath()
             if path.is_absolute() or ".." in path.parts or "\0" in spelling:
                 return None, "it leads out of the data folder"
             name = (inside / path).as_posix()
@@ -169,7 +177,7 @@ class _Files:
                 yield Row(name, *self._beside(name))
         for name in self._no_files:
             if name not in rows:
-                yield Row(name, problem="it is no file (a pipe, a device, a link that leads nowhere)")
+                yield Row(name, problem=f"it {_NO_FILE}")
         stems = {self._caption_of(name) for name in self._pictures if self._unread}
         for name in self._unread:
             caption = self._caption_of(name)
@@ -186,9 +194,11 @@ class _Files:
         """The captions, and what is wrong with them."""
         name = self._caption_of(picture)
         if name is None:
-            return [], None
+            wrong = f"{_stem(picture)}.txt" in self._no_captions
+            return [], f"its .txt {_NO_FILE}" if wrong else None
         try:
-            return clean(lines(decoded((self._folder / name).read_bytes()))), None
+            captions = clean(lines(decoded((self._folder / name).read_bytes())))
+            return captions, None if captions else f"{PurePosixPath(name).name} is empty"
         except (OSError, NotText) as error:
             return [], f"{PurePosixPath(name).name}: {first_line(error)}"
 
@@ -209,8 +219,8 @@ class _Files:
         return found
 
 
-def _is_metadata(name: str) -> bool:
-    return os.path.basename(name).lower() in NAMES
+def _is_metadata(name: str, kinds: tuple[str, ...] = (".jsonl", ".csv", ".parquet")) -> bool:
+    return os.path.basename(name).lower() in NAMES and _suffix(name) in kinds
 
 
 def _suffix(name: str) -> str:

@@ -42,7 +42,7 @@ def tar_files(folder: Path) -> list[Path]:
     """The tars of a folder by name, compressed ones too, which `Tars` refuses rather than leaves out."""
     kinds = (".tar", *_COMPRESSED)
     return sorted(
-        path for path in folder.iterdir() if path.name.endswith(kinds) and path.is_file() and path.name[0] != "."
+        path for path in folder.iterdir() if path.name.endswith(kinds) and not path.is_dir() and path.name[0] != "."
     )
 
 
@@ -64,6 +64,8 @@ class Tars:
         if len(self._paths) < len(paths):
             raise ConfigError(f"train_data_dir: two tars have the same name among {', '.join(map(str, paths))}")
         for path in paths:
+            if not path.is_file():  # at a pipe a run would wait for ever
+                raise ConfigError(f"train_data_dir: {str(path)!r} is no file (a pipe, a device, a dead link)")
             if path.name.endswith(_COMPRESSED):
                 raise ConfigError(f"train_data_dir: {str(path)!r}: {_UNPACK}")
 

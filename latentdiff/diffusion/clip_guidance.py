@@ -77,18 +77,20 @@ class ClipGuidance:
         through_unet: bool = True,
         interval: tuple[float, float] | None = None,
         subfolder: str = "",
+        model: CLIPModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
         **options: Any,
     ) -> "ClipGuidance":
         """The CLIP of a folder or Hub id, with its tokenizer and the mean and deviation of its preprocessor's config.
 
-        `options`, such as `revision`, `token` and `dtype`, go to transformers. Only safetensors are read. Raises
-        OSError where a part is missing.
+        `options`, such as `revision`, `token` and `dtype`, go to transformers; a `model` or `tokenizer` that is given
+        takes the place of the folder's. Only safetensors are read. Raises OSError where a part is missing.
         """
         path, where = str(pretrained_model_name_or_path), {"subfolder": subfolder, **options}
-        model = CLIPModel.from_pretrained(path, use_safetensors=True, **where)
+        model = model or CLIPModel.from_pretrained(path, use_safetensors=True, **where)
         for only_of_weights in ("dtype", "torch_dtype", "variant"):
             where.pop(only_of_weights, None)
-        tokenizer = CLIPTokenizer.from_pretrained(path, **where)
+        tokenizer = tokenizer or CLIPTokenizer.from_pretrained(path, **where)
         processor, _ = BaseImageProcessor.get_image_processor_dict(path, **where)
         return cls(
             model,

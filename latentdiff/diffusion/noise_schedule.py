@@ -44,13 +44,13 @@ def make_betas(
     scaled_linear: the square of what is evenly spaced between their roots (latent diffusion, arXiv 2112.10752).
     squaredcos_cap_v2: the cosine schedule (arXiv 2102.09672, eq. 17); `beta_start` and `beta_end` have no part in it.
     `trained_betas` replaces all of these. Raises ValueError for an unknown schedule, for trained betas that are not one
-    row within (0, 1], and unless 0 < beta_start <= beta_end.
+    row within (0, 1], and unless 0 < beta_start <= beta_end <= 1.
     """
     check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
     if num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 1")
-    if not 0 < beta_start <= beta_end:
-        raise ValueError(f"beta_start is {beta_start} and beta_end {beta_end}; they must be positive and not descend")
+    if not 0 < beta_start <= beta_end <= 1:
+        raise ValueError(f"beta_start is {beta_start} and beta_end {beta_end}; they must lie in (0, 1] and not descend")
     if trained_betas is not None:
         betas = torch.as_tensor(trained_betas).to(torch.float32, copy=True)
         if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():

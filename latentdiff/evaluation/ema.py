@@ -24,7 +24,7 @@ from ..public import LatentDiffPipeline
 from ..training.data import load_data
 from ..training.held_out import HeldOutErrors, HeldOutLoss
 from ..utils.errors import ConfigError
-from ..utils.files import cache_folder, folder_sha256, write_whole
+from ..utils.files import cache_folder, folder_sha256, read_json, write_whole
 from ..utils.weight_files import remove_replaced, write_earlier_names
 from . import features
 from .held_out_curve import training_schedule
@@ -152,7 +152,7 @@ class _DrawnPictures:
 def _measured_before(path: Path, conditions: dict) -> dict[float, dict | None]:
     """The pictures' measures of an earlier sweep, by width, if it was under the same conditions."""
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
         same = earlier["conditions"] == conditions
         return {row["sigma_rel"]: row["pictures"] for row in earlier["widths"]} if same else {}
     except (OSError, ValueError, KeyError, TypeError):

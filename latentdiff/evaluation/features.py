@@ -25,6 +25,7 @@ from ..data.entry_store import ENCODE_BATCH, EntryStore, as_keys, key_of
 from ..inference.loading import HUB_ID
 from ..models.latents import to_pixels
 from ..models.parts import fingerprint, freeze
+from ..models.whole import load_network, loading
 from ..utils.errors import ConfigError, first_line
 from ..utils.weight_files import only_variant
 from . import efficientnet_lite
@@ -115,19 +116,15 @@ class DinoV2(nn.Module):
 
     def __init__(self, path: str):
         super().__init__()
-        try:
+        with loading(f"network: no DINOv2 can be loaded from {path!r}"):
             kind = AutoConfig.from_pretrained(path).model_type
             if not kind.startswith("dinov2"):
                 raise ConfigError(f"network: {path!r} holds a {kind}, not a DINOv2")
-            self.network = freeze(
-                AutoModel.from_pretrained(path, use_safetensors=True, variant=only_variant(path)).float()
-            )
+            self.network = freeze(load_network(AutoModel, path, variant=only_variant(path)).float())
             processor, _ = BaseImageProcessor.get_image_processor_dict(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"network: no DINOv2 can be loaded from {path!r} ({first_line(error)})") from None
-        for part in ("mean", "std"):
-            values = torch.tensor(processor[f"image_{part}"])[:, None, None]
-            self.register_buffer(part, values, persistent=False)
+            for part in ("mean", "std"):
+                values = torch.tensor(processor[f"image_{part}"])[:, None, None]
+                self.register_buffer(part, values, persistent=False)
         self.name = f"DINOv2 ({path if not Path(path).is_dir() else Path(path).resolve().name})"
         self.sha256 = fingerprint(self.network)
 

@@ -20,7 +20,7 @@ from ..pipelines.inpaint import LatentDiffInpaintPipeline
 from ..pipelines.interpolate import LatentDiffInterpolatePipeline
 from ..pipelines.invert import LatentDiffInversionPipeline
 from ..public import LatentDiffPipeline
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, is_out_of_memory
 from ..utils.images import crop_box, open_upright, resized
 from .loading import SCHEDULERS, Networks, make_scheduler
 from .recipe import Recipe
@@ -112,10 +112,12 @@ def _mistakes_in(recipe: Recipe, networks: Networks) -> Iterator[None]:
         yield
     except ValueError as error:  # by which pipelines refuse what cannot work
         raise ConfigError(" ".join(str(error).split())) from None
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"{networks.pipeline.device} has too little memory for {recipe.batch_size} pictures of "
-            f"{recipe.width}x{recipe.height} at a time: give a smaller --batch-size"
+            f"{recipe.width}x{recipe.height} at a time: give a smaller --batch-size, --height or --width"
         ) from None
 
 

@@ -3,6 +3,7 @@
 
 import io
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from ..config.drawing import Drawing, Edit, Generate, Interpolate, PictureList
 from ..config.sampling import SCHEDULERS
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..utils.errors import ConfigError
-from ..utils.files import write_whole
+from ..utils.files import read_at_most, write_whole
 from ..utils.films import check_animation, save_animation, strip
 from ..utils.grid import labelled_grid
-from ..utils.text import NotText, decoded, lines
+from ..utils.text import decoded, lines
 from .drawing import draw_frames, draw_recipes, open_inputs, recipe_of
 from .loading import Networks, load_networks
 from .recipe import MAX_SIDE, Ingredient, Recipe, RecipeError, file_ingredient, read_recipe, save_png
@@ -65,6 +66,8 @@ def edit(command: Edit) -> None:
 
 def _ingredient(path: Path, flag: str) -> Ingredient:
     try:
+        if path.exists() and not path.is_file():  # at a pipe it would wait
+            raise ConfigError(f"{flag} {path} cannot be read: it is no file")
         return file_ingredient(path)
     except OSError as error:
         raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}") from None
@@ -85,10 +88,8 @@ def _start(command: PictureList) -> list[tuple[str, int]]:
 def _read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank."""
     try:
-        if path.stat().st_size > MAX_PROMPTS_FILE:
-            raise ConfigError(f"--prompts-file {path} is larger than {MAX_PROMPTS_FILE // 2**20} MiB")
-        text = decoded(path.read_bytes())
-    except NotText as error:
+        text = decoded(read_at_most(path, MAX_PROMPTS_FILE))
+    except ValueError as error:
         raise ConfigError(f"--prompts-file {path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"--prompts-file {path} cannot be read: {error.strerror}") from None
@@ -172,8 +173,11 @@ def _paths(command: PictureList, work: Sequence[tuple[str, int]]) -> list[Path]:
 
 
 def file_name(prompt: str) -> str:
-    """A prompt as part of a file's name: "A cat, twemoji style" -> "a-cat-twemoji-style", cut at 60 letters."""
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
+    """A prompt as part of a file's name: "A cat, twemoji style" -> "a-cat-twemoji-style", cut at 60 letters and at 180
+    bytes. Letters that the system's names cannot have are left out."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
+    encoding = sys.getfilesystemencoding()
+    return words.encode(encoding, "ignore")[:180].decode(encoding, "ignore")
 
 
 def is_there(path: Path, recipe: Recipe, overwrite: bool) -> bool:

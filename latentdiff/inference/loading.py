@@ -13,20 +13,21 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import is_peft_available
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..config import sampling
-from ..diffusion.clip_guidance import ClipGuidance
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddim import DDIMScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..models.loading import hide_loading_bars, load_guide_unet
+from ..models.loading import hide_loading_bars, load_clip_guidance, load_guide_unet, load_parts
 from ..models.single_file import load_single_file
+from ..models.trial import try_parts
+from ..models.whole import check_files, loading, settle_tokenizer
+from ..pipelines.portable_saving import adopt_scheduler
 from ..public import LatentDiffPipeline
 from ..utils.devices import device_named
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import check_shipped, is_single_file
-from ..utils.weight_files import only_variant
 from .recipe import Ingredient, Recipe, folder_ingredient
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
@@ -151,7 +152,15 @@ def load_pipeline(
     else:
         pipeline = _load_folder(checkpoint, dtype, ema_sigma_rel)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(place)
+    with loading(f"{checkpoint}: its tokenizer cannot be used"):
+        settle_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+    try_parts(
+        checkpoint,
+        lambda: pipeline.encode_prompt("a", pipeline.device, 1, do_classifier_free_guidance=False)[0],
+        pipeline.to(place).vae,
+        pipeline.unet,
+    )
+    return pipeline
 
 
 def _configuration(source: str | None) -> Ingredient | None:
@@ -170,7 +179,11 @@ def _load_folder(checkpoint: str, dtype: str, ema_sigma_rel: float | None) -> La
         raise ConfigError(f"{checkpoint}: no such folder (nor is it the name of a model on the Hub, owner/name)")
     try:
         files = folder if folder.exists() else LatentDiffPipeline.download(checkpoint)
-        pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype])
+        parts = load_parts(Path(files), checkpoint, DTYPES[dtype])
+        with loading(f"{checkpoint}: its scheduler cannot be used"):
+            parts["scheduler"] = adopt_scheduler(parts["scheduler"])
+        with loading(f"{checkpoint}: it cannot be loaded"):
+            pipeline = LatentDiffPipeline.from_pretrained(files, dtype=DTYPES[dtype], **parts)
         if ema_sigma_rel is not None:
             pipeline.load_ema(ema_sigma_rel, source=checkpoint)  # on the Hub a loaded model comes without its snapshots
     except (OSError, ValueError) as error:
@@ -192,17 +205,22 @@ def _load_lora(path: Path, pipeline: LatentDiffPipeline) -> Ingredient:
         path = file.parent
     if not is_peft_available():
         raise ConfigError("--lora: needs the package peft: pip install 'latentdiff[lora]'")
-    try:
+    with loading(f"--lora {path}: does not fit this checkpoint"):
+        check_files(file.parent)
         with safe_open(file, "pt") as weights:
             layers = [name for name in list(weights.keys()) if name.endswith(_LORA_LAYER)]
-        pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if "not found in the base model" in str(error):  # peft names all of them
-            raise ConfigError(f"--lora {path}: its layers are those of another model than this checkpoint") from None
-        raise ConfigError(f"--lora {path}: does not fit this checkpoint: {first_line(error)[:300]}") from None
+        try:
+            pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        except ValueError as error:
+            if "not found in the base model" in str(error):  # peft names all of them
+                raise ConfigError(
+                    f"--lora {path}: its layers are those of another model than this checkpoint"
+                ) from None
+            raise
     _say_fit(path, len(layers), pipeline)
-    if path.is_dir() and (path / SCHEDULER_CONFIG_NAME).is_file():
-        pipeline.scheduler = ConsistencyScheduler.from_pretrained(path)
+    with loading(f"--lora {path}: its {SCHEDULER_CONFIG_NAME} cannot be used"):
+        if path.is_dir() and (path / SCHEDULER_CONFIG_NAME).is_file():
+            pipeline.scheduler = ConsistencyScheduler.from_pretrained(path)
     return folder_ingredient(path)
 
 
@@ -253,10 +271,8 @@ def load_clip(folder: Path, pipeline: LatentDiffPipeline, flag: str = "--clip", 
     """
     if not folder.is_dir():  # else transformers would look for it on the Hub
         raise ConfigError(f"{flag} {folder}: no such folder")
-    try:
-        clip = ClipGuidance.from_pretrained(folder, scale=scale, variant=only_variant(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{flag} {folder}: no CLIP can be loaded from it: {first_line(error)}") from None
+    with loading(f"{flag} {folder}: no CLIP can be loaded from it"):
+        clip = load_clip_guidance(folder, scale)
     return Network(clip.to(pipeline.device), folder_ingredient(folder))
 
 

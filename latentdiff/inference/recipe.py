@@ -293,6 +293,8 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     Raises:
         RecipeError: no such file, no PNG, no recipe in it, or one that cannot be followed.
     """
+    if Path(path).exists() and not Path(path).is_file():  # at a pipe it would wait
+        raise RecipeError(f"{path} cannot be read as a PNG: it is no file")
     try:
         with warnings.catch_warnings(action="error"), Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(CHUNK)

@@ -1,7 +1,6 @@
 """Build UNets, and change what they take in."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from ..utils.devices import default_device
 from ..utils.errors import ConfigError
+from ..utils.files import read_json
 from .mp_unet import SCHEDULE_SETTINGS, MPBlock, MPUNet2DConditionModel
 
 _COMPILED = (ResnetBlock2D, BasicTransformerBlock, MPBlock)
@@ -158,7 +158,7 @@ def add_guidance_input(unet: UNet, width: int = 256) -> None:
 
 def _read_unet_config(path: str) -> dict:
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = read_json(path)
         arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
         name = saved.get("_class_name", UNet2DConditionModel.__name__)
     except (OSError, ValueError, AttributeError) as error:

@@ -47,11 +47,12 @@ def load_teacher(
     Raises:
         ConfigError: it cannot be loaded, is of another noise schedule than the student, or takes other inputs.
     """
-    source, revision, variant = config.consistency_teacher, None, None
+    source, revision, variant, setting = config.consistency_teacher, None, None, "consistency_teacher"
     if source is None:
         source, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
-    unet = freeze(load_unet(source, revision, variant, config.single_file_config))
-    theirs = load_schedule(source, revision, config.single_file_config)
+        setting = "pretrained_model_name_or_path"
+    unet = freeze(load_unet(source, revision, variant, config.single_file_config, setting))
+    theirs = load_schedule(source, revision, config.single_file_config, setting)
     if not torch.equal(theirs.alphas_cumprod, scheduler.alphas_cumprod):
         raise ConfigError(f"consistency_teacher: {source!r} has another noise schedule than the student")
     _check_inputs("consistency_teacher", unet, student)

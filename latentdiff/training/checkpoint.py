@@ -20,8 +20,9 @@ from ..distributed.fsdp import load_whole, whole_network
 from ..models.loading import unet_class
 from ..models.lora import has_lora, load_lora, save_lora
 from ..models.parts import networks_of
-from ..utils.errors import ConfigError, RunStopped, first_line
-from ..utils.files import file_sha256, move_into_place
+from ..models.whole import load_network, loading
+from ..utils.errors import ConfigError, RunStopped, first_line, is_out_of_room
+from ..utils.files import file_sha256, move_into_place, read_json
 from ..utils.system import sync
 from ..utils.weight_files import write_earlier_names
 from .ema import EMA, PowerEMAs
@@ -78,7 +79,7 @@ def save_checkpoint(
                 for old in by_age[:-total_limit]:
                     remove_checkpoint(old)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not is_out_of_room(error):
             raise  # not torch's way to say that it could not write
         shutil.rmtree(aside, ignore_errors=True)
         left = list_checkpoints(output_dir)
@@ -164,23 +165,20 @@ def _load_weights(networks: dict[str, torch.nn.Module], checkpoint: Path, suffix
         if not folder.is_dir():
             setting = "use_ema" if suffix else f"train_{name}"
             raise ConfigError(f"resume_from_checkpoint: {folder} is missing; was the run made without {setting}?")
-        # A sharded network is of a class of its own.
-        kind = unet_class(folder) if name == "unet" and folder.is_dir() else type(network)
-        try:
+        what = "UNet" if name == "unet" else "text encoder"
+        with loading(f"resume_from_checkpoint: {folder} holds another {what} than this run trains, or a damaged one"):
             if has_lora(network):
                 load_lora(network, folder)
-            else:
-                load_whole(network, kind.from_pretrained(folder).state_dict())
-        except (RuntimeError, OSError, ValueError):  # names and shapes of hundreds of tensors
-            what = "UNet" if name == "unet" else "text encoder"
-            raise ConfigError(f"resume_from_checkpoint: {folder} holds another {what} than this run trains") from None
+            else:  # a sharded network is of a class of its own
+                kind = unet_class(folder) if name == "unet" else type(network)
+                load_whole(network, load_network(kind, folder).state_dict())
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or is not what was written. None where all is well."""
     try:
-        digests = json.loads((checkpoint / _DONE).read_text(encoding="utf-8")).get("sha256", {})
-    except (OSError, ValueError, AttributeError):
+        digests = dict(read_json(checkpoint / _DONE).get("sha256", {}))
+    except (OSError, ValueError, AttributeError, TypeError):
         return f"{_DONE} cannot be read"
     for name, digest in digests.items():
         path = checkpoint / name
@@ -232,7 +230,8 @@ def _newest_undamaged(whole: list[Path]) -> Path:
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
     """Load everything into what `accelerator` prepared and registered; returns the optimizer step to go on from."""
-    accelerator.load_state(str(checkpoint))
+    with loading(f"resume_from_checkpoint: {checkpoint} cannot be loaded"):
+        accelerator.load_state(str(checkpoint))
     accelerator.step = 0  # its micro-batch counter: every optimizer step starts a new count, whatever it was saved with
     return step_of(checkpoint)
 
@@ -240,6 +239,6 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
 def saved_extra(checkpoint: Path) -> dict:
     """The plain values that `save_checkpoint` was given; none where they cannot be read (see `damage`)."""
     try:
-        return json.loads((checkpoint / _DONE).read_text(encoding="utf-8")).get("extra", {})
-    except (OSError, ValueError, AttributeError):
+        return dict(read_json(checkpoint / _DONE).get("extra", {}))
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}

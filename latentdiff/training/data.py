@@ -23,6 +23,7 @@ from ..utils.errors import ConfigError
 from ..utils.files import cache_folder
 from ..utils.system import give_back_memory
 from .held_out import HeldOutLoss
+from .setup import resolution_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_data(
     factor = downsampling_factor(parts.vae)
     # Every block of the UNet but the last halves the latent too.
     multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
-    pictures = _load_pictures(config, accelerator, config.resolution or unet.config.sample_size * factor, multiple)
+    pictures = _load_pictures(config, accelerator, resolution_of(config, parts, unet), multiple)
     parts.to(accelerator.device)
     folder = _cache_folder(config) if config.cache_latents else None
     moments = Moments(pictures, parts.vae, config.random_flip, folder)

@@ -1,6 +1,7 @@
 """What a finished run leaves: a Stable Diffusion folder or LoRA weights, with a model card, on the Hub if wanted."""
 
 import json
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -22,10 +23,12 @@ from ..models.parts import FrozenParts, UNetWithTextEncoder, networks_of
 from ..objectives.choice import objective_of
 from ..pipelines.portable_saving import code_files
 from ..public import LatentDiffPipeline
-from ..utils.files import give_usual_mode
+from ..utils.errors import RunStopped, is_out_of_room, reason
+from ..utils.files import move_into_place, read_json
 from ..utils.hub import push_folder
 from ..utils.weight_files import remove_variants
 from .card import repo_name, write_card
+from .checkpoint import list_checkpoints
 from .ema import EMA, PowerEMAs
 
 
@@ -87,34 +90,51 @@ def finish(
     model: UNet2DConditionModel | UNetWithTextEncoder,
     ema: EMA | PowerEMAs | None,
 ) -> None:
-    """Save the finished model with its model card in the output folder, and push it where that is wanted."""
+    """Save the finished model with its model card in the output folder, and push it where that is wanted.
+
+    Raises:
+        RunStopped: it cannot be written; an earlier one in the folder and the checkpoints are left as they are.
+    """
     accelerator.wait_for_everyone()
     if ema is not None:
         ema.copy_to(model)
     unet = whole_network(networks_of(model)["unet"])  # from all processes
     folder = Path(config.output_dir)
     if accelerator.is_main_process:
-        half = config.save_dtype == "fp16"
-        if has_lora(unet):
-            save_lora(unet, folder, torch.float16 if half else torch.float32)
-            give_usual_mode(folder / LORA_WEIGHT_NAME_SAFE)
-            if objective_of(
-                config
-            ).draws_in_few_steps:  # whose steps the model that the adapters are for knows nothing of
-                as_pipeline(parts, unet, scheduler).scheduler.save_pretrained(config.output_dir)
-        else:
-            for module in (parts.vae, parts.text_encoder, unet):
-                module.to("cpu")
-                module.half() if half else module.float()
-            as_pipeline(parts, unet, scheduler).save_pretrained(config.output_dir)
-            settle_configurations(folder)
-            remove_what_another_run_left(folder)
-        write_card(config)
+        try:
+            _save(config, parts, unet, scheduler)
+            write_card(config)
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_out_of_room(error)):
+                raise
+            left = list_checkpoints(folder)
+            how = f"--resume_from_checkpoint latest goes on from {left[-1].name}" if left else "there is no checkpoint"
+            raise RunStopped(f"the finished model could not be saved in {folder} ({reason(error)}); {how}") from error
         tqdm.write(f"saved in {config.output_dir}")
         if config.push_to_hub:
             url = push_folder(folder, repo_name(config), private=config.hub_private, files=pushed_files(folder))
             tqdm.write(f"pushed to {url}")
     accelerator.end_training()
+
+
+def _save(
+    config: TrainConfig, parts: FrozenParts, unet: UNet2DConditionModel, scheduler: DDPMScheduler | ConsistencyScheduler
+) -> None:
+    """The finished model into the output folder, whole or not at all."""
+    folder, half = Path(config.output_dir), config.save_dtype == "fp16"
+    if has_lora(unet):
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
+            save_lora(unet, Path(aside), torch.float16 if half else torch.float32)
+            move_into_place(Path(aside, LORA_WEIGHT_NAME_SAFE), folder / LORA_WEIGHT_NAME_SAFE)
+        if objective_of(config).draws_in_few_steps:  # whose steps the adapters' model knows nothing of
+            as_pipeline(parts, unet, scheduler).scheduler.save_pretrained(folder)
+        return
+    for module in (parts.vae, parts.text_encoder, unet):
+        module.to("cpu")
+        module.half() if half else module.float()
+    as_pipeline(parts, unet, scheduler).save_pretrained(folder)
+    settle_configurations(folder)
+    remove_what_another_run_left(folder)
 
 
 def remove_what_another_run_left(folder: Path) -> None:
@@ -130,7 +150,7 @@ def settle_configurations(folder: Path) -> None:
     does not; and no part names the path it was loaded from, which is nobody else's.
     """
     for path in (folder / part / "config.json" for part in ("vae", "text_encoder", "unet")):
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         settings.pop("_name_or_path", None)
         if path.parent.name == "text_encoder":
             settings["dtype"] = "float32"

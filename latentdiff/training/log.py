@@ -21,14 +21,8 @@ class RunLog:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, first_step: int):
         self._accelerator, self._path = accelerator, Path(config.output_dir) / "log.jsonl"
         if accelerator.is_main_process:
-            lines = (
-                self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if self._path.exists() and first_step
-                else []
-            )
-            whole = [line for line in lines if line.endswith("\n")]  # a killed run may have cut its last one
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
-            self._path.write_text(kept, encoding="utf-8")
+            earlier = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() and first_step else []
+            self._path.write_bytes(b"".join(line for line in earlier if 0 <= _step_of(line) <= first_step))
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Add `values` after optimizer step number `step`."""
@@ -36,6 +30,15 @@ class RunLog:
         if self._accelerator.is_main_process:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """The step that a line of the log is of; below 0 for one that is none, as a killed run's last one may be."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else -1
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 class Progress:

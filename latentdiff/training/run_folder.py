@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..config.train import TrainConfig
 from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..utils.errors import ConfigError, first_line
-from ..utils.files import remove_asides, write_whole
+from ..utils.files import read_json, remove_asides, write_whole
 from .checkpoint import list_checkpoints, remove_checkpoint, resolve_checkpoint, saved_extra
 
 LOCK, RUN = ".lock", "run.json"
@@ -120,7 +120,7 @@ class RunFolder:
 
     def _said(self, name: str):
         try:
-            return json.loads((self._folder / RUN).read_text(encoding="utf-8")).get(name)
+            return read_json(self._folder / RUN).get(name)
         except (OSError, ValueError, AttributeError):
             return None
 

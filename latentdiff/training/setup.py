@@ -12,14 +12,15 @@ from ..config.train import TrainConfig
 from ..data.batches import Batches
 from ..diffusion.scheduling_consistency import ConsistencyScheduler
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..diffusion.unet_inputs import is_for_inpainting
+from ..diffusion.unet_inputs import is_for_inpainting, trained_size
 from ..distributed.deepspeed import is_zero, zero_plugin
 from ..distributed.fsdp import ShardingAccelerator, sharding_plugin
 from ..models.latents import downsampling_factor
 from ..models.loading import hide_loading_bars, load_frozen, load_schedule, load_unet
 from ..models.lora import add_lora
 from ..models.mp_unet import MPUNet2DConditionModel
-from ..models.parts import FrozenParts, with_trained_text_encoder
+from ..models.parts import FrozenParts, encode_prompt, with_trained_text_encoder
+from ..models.trial import try_parts
 from ..models.unet import UNet, build_unet, compile_blocks, use_fast_attention, widen_input
 from ..objectives.choice import objective_of
 from ..objectives.tasks import task_of
@@ -97,7 +98,7 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
             config.unet,
             latent_channels=latent_channels,
             in_channels=in_channels,
-            sample_size=(config.resolution or parts.vae.config.sample_size) // downsampling_factor(parts.vae),
+            sample_size=resolution_of(config, parts) // downsampling_factor(parts.vae),
             cross_attention_dim=text_width,
             seed=config.seed,
             schedule=scheduler.config,
@@ -105,6 +106,7 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
         )
     keep_code(unet)
     _check_fits(config, unet, latent_channels, in_channels, text_width)
+    try_parts(repr(source), lambda: encode_prompt(parts, ["a"]), parts.vae, unet, encodes=True)
     if unet.config.in_channels != in_channels:
         widen_input(unet, in_channels)
     scheduler = objective.scheduler(scheduler)
@@ -121,6 +123,24 @@ def load_networks(config: TrainConfig) -> tuple[FrozenParts, UNet, DDPMScheduler
     if config.dynamo_backend is not None:
         compile_blocks(unet, config.dynamo_backend)
     return parts, unet, scheduler
+
+
+def resolution_of(config: TrainConfig, parts: FrozenParts, unet: UNet | None = None) -> int:
+    """Side of the square pictures in pixels, as asked for or as the UNet, or the VAE of one to be built, was trained.
+
+    Raises:
+        ConfigError: that is not known, or no square.
+    """
+    if config.resolution is not None:
+        return config.resolution
+    try:
+        size = trained_size(unet and unet.config, parts.vae.config, downsampling_factor(parts.vae))
+    except ValueError as error:
+        raise ConfigError(f"{error}; --resolution says how large the pictures are to be") from None
+    if size is None or size[0] != size[1]:
+        what = "no config.json has a sample_size" if size is None else f"the model's pictures are {size[1]}x{size[0]}"
+        raise ConfigError(f"resolution: {what}, and training is on squares: give their side, such as --resolution 512")
+    return size[0]
 
 
 def _settle_schedule(unet: MPUNet2DConditionModel, scheduler: DDPMScheduler) -> None:

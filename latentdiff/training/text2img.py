@@ -10,6 +10,7 @@ from .checkpoint import saved_extra
 from .data import load_data
 from .ema import check_same_ema
 from .export import finish
+from .memory import saying_what_needs_less
 from .optimizers import check_same_optimizer
 from .preflight import say_first_look
 from .push import BackgroundPush
@@ -26,7 +27,7 @@ def train(config: TrainConfig) -> None:
         RunStopped: the run could not go on.
     """
     accelerator = start(config)
-    with RunFolder(config, accelerator) as folder:
+    with saying_what_needs_less(config), RunFolder(config, accelerator) as folder:
         carried = saved_extra(folder.checkpoint) if folder.checkpoint else {}
         check_same_optimizer(config, carried)
         check_same_ema(config, carried)

@@ -1,21 +1,33 @@
 """Where files lie, files written whole or not at all, and what they are known by."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
 from .system import sync
 
 
 def cache_folder() -> Path:
-    """Where the built emoji and everything encoded is kept: $LATENTDIFF_CACHE, else the user's cache folder."""
-    base = os.environ.get("LATENTDIFF_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentdiff"
+    """Where the built emoji and everything encoded is kept: $LATENTDIFF_CACHE, else the user's cache folder.
+
+    Raises:
+        ConfigError: the user has none.
+    """
+    if own := os.environ.get("LATENTDIFF_CACHE"):
+        return Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "latentdiff"
+    try:
+        return Path.home() / ".cache" / "latentdiff"
+    except RuntimeError:
+        raise ConfigError("there is no home folder for the cache: set HOME or LATENTDIFF_CACHE") from None
 
 
 def packaged_checkpoint() -> str:
@@ -43,6 +55,35 @@ def check_shipped(name: str, setting: str = "") -> None:
             f"{setting}{name}: no such folder; the checkpoints that latentdiff ships are in its repository, not in the "
             "installed package: start in a checkout, or name another model"
         )
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        OSError: it cannot be read, or is no file, of which a pipe would be waited at.
+        ValueError: it is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_at_most(path: str | os.PathLike, most: int) -> bytes:
+    """What a file holds, which may be a pipe that a shell made of a command's output.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds more than `most` bytes, as a device may for ever.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most // 2**20} MiB")
+    return content
 
 
 def write_whole(path: str | os.PathLike, content: bytes | Callable[[Path], object], aside: Path | None = None) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import tyro
 
-from .errors import ConfigError, RunStopped
+from .errors import ConfigError, RunStopped, first_line, is_out_of_memory, is_out_of_room, printable, reason
 from .mistakes import mistake_in
+from .terminal import safe_output
 
 
 def run_cli(main: Callable[[Any], None], config_type: type) -> None:
@@ -61,20 +62,43 @@ def _check_completion(flag: str, shell: str | None = None, file: str | None = No
 class user_errors:  # noqa: N801 - reads as a statement
     """A ConfigError inside the block prints its one line and exits with status 2, a RunStopped with status 1.
 
-    So do a disk that is full or cannot be written any more (1) and Ctrl-C (130). Anything else is a fault of ours and
-    keeps its traceback.
+    So do what the system refuses (1), such as to write to a full disk or to give more memory, and Ctrl-C (130).
+    Anything else is a fault of ours and keeps its traceback. What is printed in the block is text to any terminal: see
+    `safe_output`.
     """
 
     def __enter__(self) -> None:
-        return None
+        self._output = contextlib.ExitStack()
+        self._output.enter_context(safe_output())
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (ConfigError, RunStopped)):
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            print(f"error: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
-            raise SystemExit(1) from None
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
+        with self._output:
+            said, status = _last_words(error)
+            if said is not None:
+                print(said, file=sys.stderr)
+                raise SystemExit(status) from None
+
+
+# What is for no program to decide: another user's file, a broken disk, a name that no file can have.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ESTALE)
+
+
+def _named_file(error: Exception) -> str:
+    name = getattr(error, "filename", None)
+    return "writing a file" if name is None else printable(name if isinstance(name, int) else os.fsdecode(name))
+
+
+def _last_words(error: BaseException | None) -> tuple[str | None, int]:
+    """The line that a program ends with, and its status; no line for what has to be looked into."""
+    if isinstance(error, (ConfigError, RunStopped)):
+        return f"error: {error}", 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    if isinstance(error, Exception) and is_out_of_room(error):
+        return f"error: {_named_file(error)}: {printable(first_line(error))}", 1
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"error: {_named_file(error)}: {error.strerror}", 1
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        less = "fewer pictures at a time, smaller ones or a smaller model need less"
+        return f"error: out of memory ({printable(reason(error))}): {less}", 1
+    return None, 0

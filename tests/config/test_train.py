@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 
 from latentdiff.config.presets import PRESETS, parse_train_config, preset, read_config, run_training
 from latentdiff.config.train import TrainConfig
+from latentdiff.training.memory import saying_what_needs_less
 from latentdiff.utils.errors import ConfigError
 
 
@@ -199,3 +201,45 @@ def test_faults_of_ours_keep_their_traceback():
 
     with pytest.raises(ValueError, match="a bug"):
         run_training(broken, [])
+
+
+@pytest.mark.parametrize(
+    "full", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(), torch.OutOfMemoryError("CUDA")]
+)
+def test_a_full_memory_says_what_needs_less(capsys, full):
+    """A hundred lines of a library would end the run, and none of them names a setting."""
+
+    def main(config):
+        with saying_what_needs_less(config):
+            raise full
+
+    said = one_line(capsys, ["--train_batch_size", "8"], main)
+    assert "out of memory" in said
+    assert "--train_batch_size 4 --gradient_accumulation_steps 2, or --gradient_checkpointing, or" in said
+    said = one_line(capsys, ["--train_batch_size", "1", "--gradient_checkpointing"], main)
+    assert said.endswith("less of it needs a smaller --resolution or a smaller model\n")
+
+
+def test_texts_that_are_none_are_refused(capsys, tmp_path):
+    """Half a character ends the tokenizer, an hour into the run."""
+    assert "validation_prompts: 'c\\udce9t' is not text" in one_line(capsys, ["--validation_prompts", "c\udce9t"])
+    (tmp_path / "a.yaml").write_text('validation_prompts: ["\\ud83d"]')
+    assert "validation_prompts: '\\ud83d' is not text" in one_line(capsys, ["--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"seed: " + b"[" * 5000, "cannot be read"),
+        (b"seed: caf\xe9", "UTF-8"),
+        (b"# " + b"x" * 2**21, "it is larger than 1 MiB"),
+        (b"learning_rate: .nan", "learning_rate: nan is not finite"),
+        (b"learning_rate: -.inf", "learning_rate: -inf is not finite"),
+        (b"a: &a [x, x]\n" + b"".join(b"%c: &%c [%s]\n" % (i, i, b"*%c, " % (i - 1) * 9) for i in b"bcdefghij"), "'a'"),
+        (b"seed: &a [" + b"x, " * 9 + b"]\nrevision: [*a, *a]", "revision: "),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_hostile_file_of_settings_is_one_line(capsys, tmp_path, content, said):
+    (tmp_path / "a.yaml").write_bytes(content)
+    assert said in one_line(capsys, ["--config", str(tmp_path / "a.yaml")])

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -251,7 +252,10 @@ def test_captions_beside_by_other_spellings(tmp_path):
         ("metadata.csv", "image,text\n0.png,a cat\n", "line 2: it has no file_name, but 'image', 'text'"),
         ("METADATA.CSV", "image,text\n0.png,a cat\n", "line 2: it has no file_name, but 'image', 'text'"),
         ("metadata.jsonl", '{"image": "0.png", "text": "x"}', "line 1: it has no file_name, but 'image', 'text'"),
-        ("metadata.csv", "file_name;text\n0.png;a cat\n", "no 'text' in the metadata of .* it has 'file_name;text'"),
+        ("metadata.csv", "file_name|text\n0.png|a cat\n", r"no 'text' in the metadata of .* it has 'file_name\|text'"),
+        ("metadata.csv", "0.png,a cat\n", "line 1: no line follows this first one, which names the columns"),
+        ("metadata.csv", "", "line 1: no line follows this first one, which names the columns"),
+        ("0.txt", " \n", "0.png: 0.txt is empty"),
         ("metadata.csv", "file_name,text\nimages/0.png,a\n", "line 2: images/0.png: there is no such file"),
         ("metadata.csv", "file_name,text\n0.png,\n", "no captions"),
         ("metadata.csv", "ä,b\n".encode("cp1252") * 2, "line 1: it is not text in UTF-8"),
@@ -266,6 +270,55 @@ def test_no_captions_says_why(tmp_path, name, content, reason):
     with pytest.raises(ConfigError, match=reason) as refused:
         rows(tmp_path)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "file_name;text\n0.png;a cat\n",
+        "file_name\ttext\n0.png\ta cat\n",
+        "\n\r\nfile_name,text\n0.png,a cat\n",
+        " file_name , text\n 0.png ,a cat\n",
+        "file_name,text\nFOLDER/0.png,a cat\n",
+    ],
+)
+def test_metadata_that_spreadsheets_and_people_write(tmp_path, content):
+    """A spreadsheet that speaks German writes semicolons; no picture had a caption."""
+    captioned(tmp_path, "0.png")
+    (tmp_path / "0.txt").unlink()
+    (tmp_path / "metadata.csv").write_text(content.replace("FOLDER", str(tmp_path)))
+    assert rows(tmp_path) == {"0.png": (["a cat"], None)}
+
+
+def test_metadata_in_parquet(tmp_path):
+    """It was left unread without a word."""
+    captioned(tmp_path, "0.png", "1.png")
+    (tmp_path / "0.txt").unlink()
+    table = {"file_name": ["0.png", "2.png"], "text": [["a cat", "a pet"], ["none"]]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "metadata.parquet")
+    found = rows(tmp_path)
+    assert found["0.png"] == (["a cat", "a pet"], None) and found["1.png"] == (["1.png"], None)
+    assert found["metadata.parquet, row 1: 2.png"][1] == "there is no such file"
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(ConfigError, match=r"metadata\.parquet' cannot be read"):
+        rows(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_captions_that_are_no_files(tmp_path, make):
+    """ "Its caption is missing" sends people to look for one that is there."""
+    captioned(tmp_path, "0.png", "1.png")
+    (tmp_path / "1.txt").unlink()
+    make(tmp_path / "1.txt")
+    assert rows(tmp_path)["1.png"][1].startswith("its .txt is no file")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_tars_that_are_no_files(tmp_path, make):
+    """The run would read a device for ever, or say that the folder is empty."""
+    make(tmp_path / "0.tar")
+    with pytest.raises(ConfigError, match=r"train_data_dir: .*0\.tar' is no file"):
+        open_source(TrainConfig(train_data_dir=str(tmp_path)))
 
 
 def unreadable(path):
@@ -291,7 +344,7 @@ def test_pipes_among_pictures(tmp_path):
         (tmp_path / name).unlink()
         os.mkfifo(tmp_path / name)
     found = rows(tmp_path)
-    assert found["0.png"] == (["0.png"], None) and found["2.png"] == ([], None)
+    assert found["0.png"] == (["0.png"], None) and found["2.png"][0] == []
     assert found["1.png"][1].startswith("it is no file (a pipe")
 
 

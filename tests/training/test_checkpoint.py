@@ -245,3 +245,28 @@ def test_a_resume_may_accumulate_otherwise(tmp_path):
         with second.accelerator.accumulate(second.unet):
             ends.append(second.accelerator.sync_gradients)
     assert ends == [False, True, False, True]
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "unet/config.json"])
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_a_damaged_file_of_an_early_version_is_one_line(tmp_path, file, content):
+    """Those of before there were digests are not known to be damaged until they are read."""
+    saved = save_checkpoint(Run(ema=False).accelerator, tmp_path, 1)
+    (saved / "state.json").write_text("{}")
+    (saved / file).write_bytes(content)
+    assert resolve_checkpoint(tmp_path, "latest") == saved
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: .*checkpoint-1") as refused:
+        load_checkpoint(Run(ema=False).accelerator, saved)
+    assert str(refused.value).isprintable() and list_checkpoints(tmp_path) == [saved]
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "null", '{"sha256": [1]}', '{"extra": 3}', "[" * 100_000, '{"sha256": {"a": 1}}']
+)
+def test_a_state_that_is_none_is_one_line(tmp_path, state):
+    saved = make(tmp_path, 4)
+    (saved / "state.json").write_text(state)
+    assert saved_extra(saved) == {}
+    if "extra" not in state:
+        with pytest.raises(ConfigError, match="resume_from_checkpoint: .*checkpoint-4"):
+            resolve_checkpoint(tmp_path, "4")

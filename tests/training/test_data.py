@@ -328,3 +328,29 @@ def test_options_that_contradict_each_other(settings, wrong, said):
     with pytest.raises(ConfigError) as refused:
         TrainConfig(**{**settings, **wrong})
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("size", "says"), [(None, None), ([4, 4], None), ([4, 8], "the model's pictures are 32x16")])
+def test_the_size_of_the_pictures_where_the_unet_does_not_say_it_in_one_number(size, says, train, tmp_path):
+    """`sample_size` may be left out, or be two numbers: it ended in a TypeError."""
+    components = tiny_components()
+    components["unet"].register_to_config(sample_size=size)
+    LatentDiffPipeline(**components).save_pretrained(tmp_path / "model")
+    changes = {**SHORT, "pretrained_model_name_or_path": str(tmp_path / "model")}
+    if says is None:
+        train(**changes)
+    else:
+        with pytest.raises(ConfigError, match=f"resolution: {says}, and training is on squares"):
+            train(**changes)
+        train(**changes, resolution=16)
+
+
+def test_a_log_with_damaged_lines_is_gone_on_with(train, tmp_path):
+    """One line that a full disk cut ended every resume."""
+    folder = train(max_train_steps=2, checkpointing_steps=2)
+    whole = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "log.jsonl").write_bytes(
+        b"".join([b"\xff\n", b'{"st\n', b"[]\n", b'{"step": "x"}\n', *whole, b'{"step": 2'])
+    )
+    train(max_train_steps=3, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert (folder / "log.jsonl").read_bytes().splitlines(keepends=True)[: len(whole)] == whole

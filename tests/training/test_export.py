@@ -6,11 +6,14 @@ import os
 import shlex
 
 import pytest
+from safetensors import SafetensorError
 
+from latentdiff import LatentDiffPipeline
 from latentdiff.config.presets import PRESETS, parse_train_config
 from latentdiff.config.train import TrainConfig
 from latentdiff.training.card import training_command, write_card
 from latentdiff.training.export import pushed_files
+from latentdiff.utils.errors import RunStopped
 
 
 @pytest.mark.parametrize(
@@ -88,3 +91,26 @@ def test_the_model_is_pushed_and_nothing_else(tmp_path):
     (folder / "README.md").write_text("![](validation/step-2.png)")
     assert pushed_files(folder) == sorted(ours)
     assert pushed_files(folder, ema_snapshots=True) == sorted([*ours, "ema_snapshots/a.safetensors"])
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(train, monkeypatch):
+    """Half a model would stand over the one that was there, and days of training end in a traceback."""
+    there = train(max_train_steps=2, checkpointing_steps=2)
+    before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    def no_room(pipeline, folder):
+        real(pipeline, folder)
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    real = LatentDiffPipeline.save_pretrained
+    monkeypatch.setattr(LatentDiffPipeline, "save_pretrained", no_room)
+    with pytest.raises(
+        RunStopped, match="could not be saved .*--resume_from_checkpoint latest goes on from checkpoint-2"
+    ):
+        train(max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert not list(there.glob(".tmp*"))
+    assert all(path.read_bytes() == content for path, content in before.items() if path.suffix == ".safetensors")
+    monkeypatch.undo()
+    train(max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert all(path.read_bytes() == content for path, content in before.items() if path.suffix == ".safetensors")

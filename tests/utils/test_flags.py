@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import pytest
 import tyro
+from safetensors import SafetensorError
 
 from latentdiff.utils.errors import ConfigError, RunStopped
 from latentdiff.utils.flags import parse_flags, user_errors
@@ -25,6 +26,24 @@ from latentdiff.utils.flags import parse_flags, user_errors
         ),
         (OSError(errno.EROFS, "Read-only file system", "/x"), 1, "error: /x: Read-only file system"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: writing a file: No space left on device"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            1,
+            "error: writing a file: I/O error: No space left on device (os error 28)",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/\x1b[2J"), 1, "error: /?[2J: File name too long"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 32 bytes"),
+            1,
+            "error: out of memory ([enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 32 "
+            "bytes): fewer pictures at a time, smaller ones or a smaller model need less",
+        ),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory (MemoryError): fewer pictures at a time, smaller ones or a smaller model need less",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__,
