@@ -27,7 +27,7 @@ from latentdiff.diffusion.scheduling_consistency import ConsistencyScheduler
 from latentdiff.diffusion.scheduling_ddim import DDIMScheduler
 from latentdiff.diffusion.scheduling_ddpm import DDPMScheduler
 from latentdiff.diffusion.unet_inputs import is_for_inpainting
-from latentdiff.utils.weight_files import move_saved, write_earlier_names
+from latentdiff.utils.weight_files import SAVING, move_saved, write_earlier_names
 
 logger = logging.get_logger(__name__)
 
@@ -222,7 +222,7 @@ class PortableSaving:
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         saved = super(PortableSaving, self._without_adapters())
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as aside:
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=save_directory) as aside:
             saved.save_pretrained(aside, safe_serialization, variant, max_shard_size)
             if kind := carried_class(self.unet):
                 Path(aside, "unet", f"{_module_name(kind)}.py").write_text(network_code(kind), encoding="utf-8")

@@ -26,7 +26,7 @@ from ..public import LatentDiffPipeline
 from ..utils.errors import RunStopped, is_out_of_room, reason
 from ..utils.files import move_into_place, read_json
 from ..utils.hub import push_folder
-from ..utils.weight_files import remove_variants
+from ..utils.weight_files import SAVING, remove_variants
 from .card import repo_name, write_card
 from .checkpoint import list_checkpoints
 from .ema import EMA, PowerEMAs
@@ -123,7 +123,7 @@ def _save(
     """The finished model into the output folder, whole or not at all."""
     folder, half = Path(config.output_dir), config.save_dtype == "fp16"
     if has_lora(unet):
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder) as aside:
             save_lora(unet, Path(aside), torch.float16 if half else torch.float32)
             move_into_place(Path(aside, LORA_WEIGHT_NAME_SAFE), folder / LORA_WEIGHT_NAME_SAFE)
         if objective_of(config).draws_in_few_steps:  # whose steps the adapters' model knows nothing of

@@ -17,6 +17,7 @@ from ..config.train import TrainConfig
 from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import read_json, remove_asides, write_whole
+from ..utils.weight_files import remove_half_saved
 from .checkpoint import list_checkpoints, remove_checkpoint, resolve_checkpoint, saved_extra
 
 LOCK, RUN = ".lock", "run.json"
@@ -82,6 +83,7 @@ class RunFolder:
         try:
             self._lock.acquire()
             remove_asides(self._folder)
+            remove_half_saved(self._folder)
         except Timeout:
             raise ConfigError(
                 f"output_dir: another run is writing to {self._config.output_dir!r} (process {self._said('process')})"

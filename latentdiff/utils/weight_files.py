@@ -6,12 +6,15 @@ How files are named is what diffusers and transformers have done since 2023.
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+
+SAVING = ".saving-"  # begins the name of a folder in which a model is written before it is moved to where it belongs
 
 # Whole, a shard, or the index of shards; the variant, such as "fp16", stands in one of three places.
 _WEIGHTS = re.compile(
@@ -57,6 +60,12 @@ def _weights(folder: Path) -> Iterator[tuple[Path, str | None]]:
     for path in folder.iterdir():
         if found := _WEIGHTS.fullmatch(path.name):
             yield path, next(filter(None, found.groups()), None)
+
+
+def remove_half_saved(folder: Path) -> None:
+    """Remove what killed processes were saving in a folder that this one alone writes to."""
+    for path in folder.glob(f"{SAVING}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def move_saved(aside: Path, folder: Path) -> None:

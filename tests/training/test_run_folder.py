@@ -111,6 +111,8 @@ def test_what_a_killed_run_was_writing_is_removed(train, tmp_path):
     folder = train(**SHORT, max_train_steps=2)
     (folder / ".train_config.yaml.123456").write_text("half of")
     (folder / ".mode.123456").touch()
+    (folder / ".saving-abcdef").mkdir()
+    (folder / ".saving-abcdef" / "model_index.json").touch()
     (folder / ".gitattributes").touch()
     train(**SHORT, max_train_steps=4, resume_from_checkpoint="latest")
     assert sorted(path.name for path in folder.glob(".*")) == [".gitattributes", LOCK]
