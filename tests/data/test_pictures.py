@@ -292,7 +292,7 @@ def hostile_folder(folder) -> tuple[dict[str, tuple[int, int, int]], dict[str, s
     plain.save(folder / "no caption.png")
     plain.save(folder / "empty caption.png")
     (folder / "empty caption.txt").write_text(" \n")
-    unusable |= {"no caption.png": "caption is missing", "empty caption.png": "caption is missing"}
+    unusable |= {"no caption.png": "caption is missing", "empty caption.png": "empty caption.txt is empty"}
     (folder / "long.txt").write_text("a very " * 15_000 + "long caption")
     plain.save(folder / "no utf-8.png")
     (folder / "no utf-8.txt").write_bytes("ein Käse".encode("cp1252"))

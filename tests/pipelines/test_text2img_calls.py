@@ -214,7 +214,8 @@ def test_bad_arguments_are_named(pipe, call, message):
 def test_size_has_to_be_known(pipe):
     """Else a UNet without a sample size fails with a TypeError about NoneType."""
     pipe.unet.register_to_config(sample_size=None)
-    with pytest.raises(ValueError, match="pass height and width"):
+    pipe.vae.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="give height and width"):
         draw(pipe)
     assert draw(pipe, height=16, width=16).shape == (1, 3, 16, 16)
 

@@ -82,7 +82,7 @@ def test_inpainting_is_timed_with_its_masks(settings, monkeypatch):
         lambda self, sample, *args: seen.append(sample.shape) or forward(self, sample, *args),
     )
     assert said(settings, task="inpaint")[-1] == "ready to train"
-    assert seen == [(2, 9, 4, 4)] * (preflight.STEPS_TIMED + 1)
+    assert seen == [(1, 4, 4, 4)] + [(2, 9, 4, 4)] * (preflight.STEPS_TIMED + 1)  # at first the model is tried as it is
 
 
 def test_warnings_and_their_count(settings, tmp_path, monkeypatch):
