@@ -66,7 +66,7 @@ def save_checkpoint(
     final, aside = output_dir / f"checkpoint-{step}", output_dir / f"{_ASIDE}checkpoint-{step}"
     try:
         if accelerator.is_main_process:
-            _remove_what_is_aside(output_dir)
+            remove_what_is_aside(output_dir)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
@@ -108,7 +108,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _remove_what_is_aside(output_dir: Path) -> None:
+def remove_what_is_aside(output_dir: Path) -> None:
+    """Remove what a killed run was writing or removing."""
     for left in output_dir.glob(f"{_ASIDE}*checkpoint-*"):
         shutil.rmtree(left, ignore_errors=True)
 

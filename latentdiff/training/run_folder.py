@@ -18,7 +18,13 @@ from ..diffusion.posthoc_ema import SNAPSHOTS
 from ..utils.errors import ConfigError, first_line
 from ..utils.files import read_json, remove_asides, write_whole
 from ..utils.weight_files import remove_half_saved
-from .checkpoint import list_checkpoints, remove_checkpoint, resolve_checkpoint, saved_extra
+from .checkpoint import (
+    list_checkpoints,
+    remove_checkpoint,
+    remove_what_is_aside,
+    resolve_checkpoint,
+    saved_extra,
+)
 
 LOCK, RUN = ".lock", "run.json"
 _EARLIER_LOG = "log-earlier.jsonl"
@@ -84,6 +90,7 @@ class RunFolder:
             self._lock.acquire()
             remove_asides(self._folder)
             remove_half_saved(self._folder)
+            remove_what_is_aside(self._folder)
         except Timeout:
             raise ConfigError(
                 f"output_dir: another run is writing to {self._config.output_dir!r} (process {self._said('process')})"

@@ -113,6 +113,7 @@ def test_what_a_killed_run_was_writing_is_removed(train, tmp_path):
     (folder / ".mode.123456").touch()
     (folder / ".saving-abcdef").mkdir()
     (folder / ".saving-abcdef" / "model_index.json").touch()
+    (folder / ".tmp-old-checkpoint-1").mkdir()
     (folder / ".gitattributes").touch()
-    train(**SHORT, max_train_steps=4, resume_from_checkpoint="latest")
+    train(**SHORT, max_train_steps=2, resume_from_checkpoint="latest")
     assert sorted(path.name for path in folder.glob(".*")) == [".gitattributes", LOCK]
