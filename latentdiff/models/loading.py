@@ -42,6 +42,8 @@ def load_frozen(
     check_shipped(path, f"{_PRETRAINED}: ")
     if is_single_file(path):
         parts = _of_single_file(path, single_file_config, "vae", "text_encoder", "tokenizer")
+        with loading(_cannot("single_file_config", "tokenizer", path)):
+            settle_tokenizer(parts["tokenizer"], parts["text_encoder"])
         return FrozenParts(freeze(parts["vae"]), freeze(parts["text_encoder"]), parts["tokenizer"])
     check_pipeline(path, f"{_PRETRAINED}: {path!r}", revision)
     vae, text_encoder = (
