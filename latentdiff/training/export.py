@@ -1,6 +1,7 @@
 """What a finished run leaves: a Stable Diffusion folder or LoRA weights, with a model card, on the Hub if wanted."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from urllib.parse import unquote
@@ -128,6 +129,7 @@ def _save(
             move_into_place(Path(aside, LORA_WEIGHT_NAME_SAFE), folder / LORA_WEIGHT_NAME_SAFE)
         if objective_of(config).draws_in_few_steps:  # whose steps the adapters' model knows nothing of
             as_pipeline(parts, unet, scheduler).scheduler.save_pretrained(folder)
+        remove_whole_model(folder)
         return
     for module in (parts.vae, parts.text_encoder, unet):
         module.to("cpu")
@@ -135,6 +137,15 @@ def _save(
     as_pipeline(parts, unet, scheduler).save_pretrained(folder)
     settle_configurations(folder)
     remove_what_another_run_left(folder)
+
+
+def remove_whole_model(folder: Path) -> None:
+    """One that another run left where adapters were saved is neither loaded nor pushed with them."""
+    index = folder / "model_index.json"
+    parts = read_json(index) if index.is_file() else {}
+    index.unlink(missing_ok=True)  # first: what is half removed is no model
+    for part in (name for name, value in parts.items() if isinstance(value, list)):
+        shutil.rmtree(folder / part, ignore_errors=True)
 
 
 def remove_what_another_run_left(folder: Path) -> None:

@@ -117,3 +117,12 @@ def test_what_a_killed_run_was_writing_is_removed(train, tmp_path):
     (folder / ".gitattributes").touch()
     train(**SHORT, max_train_steps=2, resume_from_checkpoint="latest")
     assert sorted(path.name for path in folder.glob(".*")) == [".gitattributes", LOCK]
+
+
+def test_adapters_are_not_left_beside_another_model(train):
+    """A push would take both, and whoever loads the folder would draw with the other one."""
+    folder = train(**SHORT, max_train_steps=2)
+    assert (folder / "model_index.json").is_file()
+    train(**SHORT, max_train_steps=2, lora_rank=2)
+    assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "checkpoint-2").is_dir()
+    assert not [name for name in ("model_index.json", "unet", "vae", "text_encoder") if (folder / name).exists()]
