@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["training"] = {"objectives", "distributed"} | MAY_IMPORT["objectives"]
 MAY_IMPORT["evaluation"] = {"inference", "training"} | MAY_IMPORT["inference"] | MAY_IMPORT["training"]
+MAY_IMPORT["molecules"] = {"evaluation"} | MAY_IMPORT["evaluation"]
 MAY_IMPORT["emoji64"] = {"evaluation"} | MAY_IMPORT["evaluation"]
 
 FILES = {
