@@ -56,8 +56,8 @@ class DataSettings(SettingsGroup):
     """Pictures and captions: where they are, what is made of them, and what of that is kept."""
 
     train_data_dir: str | None = None
-    """A folder of pictures with a .txt beside each, or with a metadata.jsonl or .csv of `file_name` and `text`, or of
-    WebDataset tars; without it and without `dataset_name` the embedded emoji are trained."""
+    """A folder of pictures with a .txt beside each, or with a metadata.jsonl, .csv or .parquet of `file_name` and
+    `text`, or of WebDataset tars; without it and without `dataset_name` the embedded emoji are trained."""
     dataset_name: str | None = None
     """A data set on the Hub, or the path of one (parquet, arrow, or a folder as above)."""
     dataset_config_name: str | None = None

@@ -24,11 +24,11 @@ _NO_CAPTIONS = {"readme", "license", "licence", "notice", "credits", "changelog"
 
 
 class Folder:
-    """Pictures in a folder and its subfolders, sorted by name, with captions from `metadata.jsonl`, `metadata.csv` or
-    a .txt file beside each, one caption a line.
+    """Pictures in a folder and its subfolders, sorted by name, with captions from `metadata.jsonl`, `metadata.csv`
+    (with commas, semicolons or tabs), `metadata.parquet` or a .txt file beside each, one caption a line.
 
     A line of the metadata holds `file_name`, relative to the metadata's own folder, and the caption column: a text, or
-    in jsonl a list of texts. A name that leads out of the data folder is refused. One that no file has is looked for
+    but for csv a list of texts. A name that leads out of the data folder is refused. One that no file has is looked for
     with slashes in place of backslashes, in the other way to write its accents, and with its suffix in other letters.
 
     What lies there and cannot be used is a row with a problem: a picture of a kind that is not read and has a caption,

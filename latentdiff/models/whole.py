@@ -23,8 +23,8 @@ from ..utils.tokens import token_limit
 
 logger = logging.getLogger(__name__)
 
-MOST_LAYERS = 1000
-"""Of a kind in a network: a configuration of a billion would be built for hours, and fill the memory."""
+# A configuration that asks for more would be built for hours, and fill the memory.
+MOST_LAYERS, MOST = 1000, 2**24
 _SETTINGS = ("config.json", "model_index.json")  # what the names end with
 _READ = (".json", ".txt", ".safetensors", ".bin", ".model")
 
@@ -138,16 +138,17 @@ def _settings_of(kind: type, source: str, **where: Any) -> Any:
 
 def _check_settings(settings: Any) -> None:
     for name, value in settings.items():
-        if "layers" in name and not all(0 < count <= MOST_LAYERS for count in _numbers(value)):
-            raise ValueError(f"its config.json has {name} {value}: it may be 1 … {MOST_LAYERS}")
+        low, high = (1, MOST_LAYERS) if "layers" in name else (-MOST, MOST)
+        if not all(low <= number <= high for number in _numbers(value)):
+            raise ValueError(f"its config.json has {name} {value}: it may be {low} … {high}")
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    """Those in a setting that may be a number, or a list of them or of lists."""
+def _numbers(value: Any) -> Iterator[int]:
+    """The whole ones in a setting that may be a number, or a list of them or of lists."""
     if isinstance(value, list | tuple):
         for each in value:
             yield from _numbers(each)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 
 
