@@ -64,10 +64,10 @@ class Tars:
         if len(self._paths) < len(paths):
             raise ConfigError(f"train_data_dir: two tars have the same name among {', '.join(map(str, paths))}")
         for path in paths:
-            if path.exists() and not path.is_file():  # at a pipe a run would wait for ever
-                raise ConfigError(f"train_data_dir: {str(path)!r} is no file (a folder, a pipe, a device)")
             if path.name.endswith(_COMPRESSED):
                 raise ConfigError(f"train_data_dir: {str(path)!r}: {_UNPACK}")
+            if os.path.lexists(path) and not path.is_file():  # at a pipe a run would wait for ever
+                raise ConfigError(f"train_data_dir: {str(path)!r} is no file (a pipe, a device, a dead link)")
 
     def rows(self) -> Iterator[Row]:
         """Every sample in the order of the tars, and after a tar that cannot be read to its end a row that says so."""
