@@ -84,7 +84,7 @@ def stress(folder: Path, model: Path, pictures: Path, hub, *, kills: int, kills_
                 wait_for_life(output, process)
             if phase == "at the end":
                 wait_for_the_end(output, process)
-            # Of the middle half: what was done before the last kill is not done again.
+            # Half of what is in between: what was done before the last kill is not done again.
             moment = moments.uniform(0, lengths[PHASES.index(phase)] / (2 if phase == "in between" else 1))
             try:
                 process.wait(moment)  # it was done before: no kill

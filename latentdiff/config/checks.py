@@ -55,12 +55,11 @@ def _is_set(config: Settings, name: str) -> bool:
 
 
 def _check_single_file(config: Settings) -> None:
-    sources = [config.pretrained_model_name_or_path, config.consistency_teacher]
-    if config.single_file_config is not None and not any(source and is_single_file(source) for source in sources):
-        raise ConfigError("single_file_config: has no effect without a model in a single file")
+    source = config.pretrained_model_name_or_path
+    check_single_file_config(config, source, config.consistency_teacher, setting="single_file_config")
     for name in ("revision", "variant"):
-        if getattr(config, name) is not None and is_single_file(sources[0]):
-            raise ConfigError(f"{name}: has no effect on the single file {sources[0]!r}")
+        if getattr(config, name) is not None and is_single_file(source):
+            raise ConfigError(f"{name}: has no effect on the single file {source!r}")
 
 
 def _check_data(config: Settings) -> None:
@@ -240,11 +239,11 @@ def _check_ranges(config: Settings) -> None:
         raise ConfigError(f"snr_gamma: {config.snr_gamma} is not above 0; leave it out for the plain loss")
 
 
-def check_single_file_config(command: Any, *checkpoints: str | None) -> None:
-    """Raise a ConfigError where a command has the flag for single files, and none of its checkpoints is one."""
+def check_single_file_config(command: Any, *checkpoints: str | None, setting: str = "--single-file-config") -> None:
+    """Raise a ConfigError where a command or a run has this setting, and none of its checkpoints is a single file."""
     given = command.single_file_config is not None
     if given and not any(checkpoint and is_single_file(checkpoint) for checkpoint in checkpoints):
-        raise ConfigError("--single-file-config: has no effect without a model in a single file")
+        raise ConfigError(f"{setting}: has no effect without a model in a single file")
 
 
 def at_least_1(command: Any, *names: str) -> None:

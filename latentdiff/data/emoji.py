@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -154,6 +154,8 @@ def training_captions(
 ) -> list[str]:
     """`count` of `captions`: the two plainest, then a fixed choice among the rest that depends on the picture alone."""
     every = captions(concept, style, colour, thing_colour)
+    if count <= 2:  # of most pictures: there is nothing to choose
+        return every[:count]
     rest = sorted(every[2:], key=lambda caption: fraction(style, caption))
     return (every[:2] + rest)[:count]
 
@@ -168,6 +170,7 @@ class EmojiSet:
     pictures: np.ndarray
     rows: list[tuple[Concept, str]]
     left_out: dict[str, int]
+    _own_colours: dict[int, OwnColour | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def composite(
         self, index: int, colour: str | tuple[int, int, int] = "white", thing_colour: str | None = None
@@ -186,8 +189,10 @@ class EmojiSet:
         return own is not None and own.is_its_own and bool(self.rows[index][0].names_without_colour)
 
     def _own_colour(self, index: int) -> OwnColour | None:
-        picture = self.pictures[index]
-        return own_colour(picture[..., :3], picture[..., 3] > 127)
+        if index not in self._own_colours:  # it is asked for once for each colour that takes its place
+            picture = self.pictures[index]
+            self._own_colours[index] = own_colour(picture[..., :3], picture[..., 3] > 127)
+        return self._own_colours[index]
 
     def indices(self, *, default: bool = True, held_out: bool | None = False) -> list[int]:
         """Rows of the default set (or of all), held out or not (or both with `held_out=None`), in a fixed order."""

@@ -18,8 +18,8 @@ from .walk import UNREAD, walk, why_unread
 
 logger = logging.getLogger(__name__)
 
-# Texts that lie among pictures and are captions of none.
 _NO_FILE = "is no file (a pipe, a device, a link that leads nowhere)"
+# Texts that lie among pictures and are captions of none.
 _NO_CAPTIONS = {"readme", "license", "licence", "notice", "credits", "changelog", "requirements"}
 
 

@@ -14,6 +14,9 @@ _CONES = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.
                    [0.0883024619, 0.2817188376, 0.6299787005]])  # fmt: skip
 _LAB = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
                  [0.0259040371, 0.7827717662, -0.8086757660]])  # fmt: skip
+# sRGB's curve: the light of each of its 256 values.
+_LEVELS = np.arange(256) / 255
+_LIGHT = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.055) ** 2.4)
 _GREY = 0.04  # the chroma under which a pixel has no hue to speak of
 _SAME_HUE, _OTHER_HUE = np.radians(30), np.radians(50)  # from the dominant one; in between, pixels change in part
 _LEAST_SHARE = 0.4  # of the thing's pixels: with less, the colour would not be the thing's
@@ -77,9 +80,7 @@ def recoloured(picture: np.ndarray, own: OwnColour, colour: tuple[int, int, int]
 
 def to_oklab(rgb: np.ndarray) -> np.ndarray:
     """(…, 3) uint8 sRGB to (…, 3) float64 OKLab."""
-    value = rgb / 255
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _CONES.T) @ _LAB.T
+    return np.cbrt(_LIGHT[rgb] @ _CONES.T) @ _LAB.T
 
 
 def from_oklab(lab: np.ndarray) -> np.ndarray:

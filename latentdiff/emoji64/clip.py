@@ -23,8 +23,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 
 from ..data import emoji
 from ..models.parts import freeze
+from ..models.whole import load_network, load_tokenizer, loading
 from ..utils import randomness
-from ..utils.errors import ConfigError, first_line
+from ..utils.errors import ConfigError
 from ..utils.flags import run_cli
 from ..utils.weight_files import only_variant, write_earlier_names
 from .pretrain import PretrainConfig, pretrain
@@ -95,14 +96,11 @@ def load_text_encoder(path: str) -> tuple[CLIPTextModel, CLIPTokenizer]:
     Raises:
         ConfigError: one of them is not there or cannot be read, or they do not belong together.
     """
-    try:
-        where = {"subfolder": "text_encoder", "variant": only_variant(Path(path, "text_encoder"))}
-        encoder = CLIPTextModel.from_pretrained(path, use_safetensors=True, **where).float()
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-    except (OSError, ValueError) as error:
-        what = first_line(error)
-        raise ConfigError(f"text_encoder_of: no text encoder could be loaded from {path!r} ({what})") from error
-    if len(tokenizer) != encoder.config.vocab_size:  # also where its files are missing: transformers makes an empty one
+    with loading(f"text_encoder_of: no text encoder could be loaded from {path!r}"):
+        variant = only_variant(Path(path, "text_encoder"))
+        encoder = load_network(CLIPTextModel, path, "text_encoder", variant=variant).float()
+        tokenizer = load_tokenizer(CLIPTokenizer, path, "tokenizer")
+    if len(tokenizer) != encoder.config.vocab_size:
         raise ConfigError(
             f"text_encoder_of: in {path!r} the tokenizer has {len(tokenizer)} tokens and the text encoder "
             f"{encoder.config.vocab_size}; there must be as many"

@@ -38,7 +38,7 @@ def export(command: Export) -> None:
         check_layout(*networks, schedule)
     except ConfigError as error:
         raise ConfigError(f"{command.checkpoint}: {error}") from None
-    predicts_v = schedule.get("prediction_type") == "v_prediction"
+    predicts_v = _predicts_v(pipeline)
     settings = command.output.with_suffix(".yaml")
     if settings.exists() and not (predicts_v and command.overwrite):
         what = "--overwrite replaces it" if predicts_v else f"A1111 would read {command.output.name} by it; move it"
@@ -63,6 +63,10 @@ def export(command: Export) -> None:
         raise ConfigError(f"{command.output} cannot be written: {first_line(error)}") from None
     for line in _cautions(pipeline):
         print(f"warning: {line}", file=sys.stderr)
+
+
+def _predicts_v(pipeline: LatentDiffPipeline) -> bool:
+    return pipeline.scheduler.config.get("prediction_type") == "v_prediction"
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -90,7 +94,7 @@ def _cast(network: torch.nn.Module, dtype: torch.dtype, part: str) -> None:
 def _metadata(command: Export, pipeline: LatentDiffPipeline) -> dict[str, str]:
     """The file's header, by Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec)."""
     height, width = pipeline.picture_size(None, None)
-    predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+    predicts_v = _predicts_v(pipeline)
     kinds = {1: "stable-diffusion-v1", 2: "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"}
     inpaints = "" if pipeline.unet.config.in_channels == 4 else "/inpainting"
     return {
@@ -112,7 +116,7 @@ def _cautions(pipeline: LatentDiffPipeline) -> list[str]:
         found.append(f"of another size than Stable Diffusion's, which some programs take alone: {', '.join(unusual)}")
     if not _OF_CLIP.items() <= pipeline.tokenizer.get_vocab().items():
         found.append("its tokenizer is another than CLIP's, which programs bring along: they would read other words")
-    if pipeline.scheduler.config.get("prediction_type") == "v_prediction" and version_of(pipeline.unet) == 1:
+    if _predicts_v(pipeline) and version_of(pipeline.unet) == 1:
         found.append(
             "it predicts v: tell ComfyUI by the node ModelSamplingDiscrete, stable-diffusion.cpp by --prediction v, "
             "sd-scripts by --v_parameterization"

@@ -11,6 +11,7 @@ import torch
 
 from ..data.buckets import BucketOrder
 from ..utils import randomness
+from .chemistry import with_hydrogens
 from .geometry import random_rotations
 from .graph import Graph, GraphBatch, collate, graph_of
 from .reference import UNITS, Isomer
@@ -111,7 +112,4 @@ class MoleculeBatches:
 
 def graph_of_isomer(isomer: Isomer) -> Graph:
     """Its atoms in the order of the conformers'."""
-    from .chemistry import rdkit_chem
-
-    Chem = rdkit_chem()
-    return graph_of(Chem.AddHs(Chem.MolFromSmiles(isomer.smiles)))
+    return graph_of(with_hydrogens(isomer.smiles))

@@ -57,6 +57,20 @@ def read_smiles(smiles: str) -> "Chem.Mol":
     return mol
 
 
+def with_hydrogens(smiles: str) -> "Chem.Mol":
+    """The molecule of a SMILES that `read_smiles` takes, its hydrogens as atoms behind the others."""
+    Chem = rdkit_chem()
+    return Chem.AddHs(Chem.MolFromSmiles(smiles))
+
+
+def structure_smiles(mol: "Chem.Mol", conformer: int) -> str:
+    """The canonical SMILES that a conformer has, its stereo read from the coordinates."""
+    Chem = rdkit_chem()
+    seen = Chem.Mol(mol, confId=conformer)
+    Chem.AssignStereochemistryFrom3D(seen, conformer)
+    return Chem.MolToSmiles(Chem.RemoveHs(seen))
+
+
 def check_size(mol: "Chem.Mol", smiles: str, most: int = MOST_HEAVY_ATOMS) -> None:
     """Raises Refused where there are more heavy atoms than were trained."""
     if (count := mol.GetNumHeavyAtoms()) > most:

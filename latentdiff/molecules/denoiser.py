@@ -68,10 +68,7 @@ class MoleculeDenoiser(ModelMixin, ConfigMixin):
         width, layers, heads: of the transformer.
         coordinate_scale: Angstrom for each unit of x_0, the standard deviation of a coordinate in the data.
         num_train_timesteps, noise_mean, noise_deviation: which noise level a timestep is, as in `noise.log_sigmas`.
-        elements, most_heavy_atoms: what it was trained on, for who asks it for other molecules.
     """
-
-    part_name = "denoiser"
 
     @register_to_config
     def __init__(
@@ -83,8 +80,6 @@ class MoleculeDenoiser(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         noise_mean: float = -1.2,
         noise_deviation: float = 1.5,
-        elements: tuple[str, ...] = (),
-        most_heavy_atoms: int = 9,
     ):
         super().__init__()
         self.atom_embeddings = nn.ModuleList(nn.Embedding(count, width) for count in ATOM_KINDS.values())

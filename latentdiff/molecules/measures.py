@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chemistry import rdkit_chem
+from .chemistry import rdkit_chem, structure_smiles
 
 DELTA = 0.5  # Angstrom, the threshold for small molecules
 BOND, ANGLE = 0.1, 0.12  # by which share a bond, or a distance over two bonds, may be off its bounds
@@ -79,12 +79,7 @@ def keeps_stereo(mol, places: np.ndarray) -> np.ndarray:
     """Whether each structure (K, N, 3) has the stereo that the molecule says: (K,) bool."""
     Chem = rdkit_chem()
     wanted, built = Chem.MolToSmiles(Chem.RemoveHs(mol)), with_conformers(mol, places)
-    found = []
-    for number in range(len(places)):
-        seen = Chem.Mol(built, confId=number)
-        Chem.AssignStereochemistryFrom3D(seen, number)
-        found.append(Chem.MolToSmiles(Chem.RemoveHs(seen)) == wanted)
-    return np.array(found)
+    return np.array([structure_smiles(built, number) == wanted for number in range(len(places))])
 
 
 def sound(mol, places: np.ndarray) -> np.ndarray:

@@ -10,15 +10,17 @@ import torch
 
 def log_sigmas(timesteps: torch.Tensor, num_train_timesteps: int, mean: float, deviation: float) -> torch.Tensor:
     """log(sigma / sigma_data) of timesteps of any shape, whole or not: float32."""
+    return _exact(timesteps, num_train_timesteps, mean, deviation).float()
+
+
+def _exact(timesteps: torch.Tensor, num_train_timesteps: int, mean: float, deviation: float) -> torch.Tensor:
     quantile = (timesteps.double() + 0.5) / num_train_timesteps
-    return (mean + deviation * torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))).float()
+    return mean + deviation * torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))
 
 
 def betas(num_train_timesteps: int, mean: float, deviation: float) -> list[float]:
     """The schedule's betas, for a scheduler's `trained_betas`: abar_t = 1 / (1 + sigma_t^2)."""
-    steps = torch.arange(num_train_timesteps)
-    quantile = (steps.double() + 0.5) / num_train_timesteps
-    sigma = (mean + deviation * torch.special.ndtri(quantile)).exp()
+    sigma = _exact(torch.arange(num_train_timesteps), num_train_timesteps, mean, deviation).exp()
     abar = 1 / (1 + sigma.square())
     before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     return (1 - abar / before).tolist()

@@ -92,7 +92,7 @@ def conformers(smiles: str, seed: int = 0, embeddings: int = EMBEDDINGS) -> tupl
     Chem = rdkit_chem()
     from rdkit.Chem import AllChem
 
-    mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    mol = chemistry.with_hydrogens(smiles)
     options = AllChem.ETKDGv3()
     options.randomSeed, options.useRandomCoords = seed + 1, True
     if not AllChem.EmbedMultipleConfs(mol, embeddings, options) or not AllChem.MMFFHasAllMoleculeParams(mol):
@@ -101,7 +101,7 @@ def conformers(smiles: str, seed: int = 0, embeddings: int = EMBEDDINGS) -> tupl
     by_energy = sorted((energy, index) for index, (failed, energy) in enumerate(relaxed) if failed == 0)
     heavy, kept = Chem.RemoveHs(mol), []
     for energy, index in by_energy:
-        if energy - by_energy[0][0] > WINDOW or structure_smiles(mol, index) != smiles:
+        if energy - by_energy[0][0] > WINDOW or chemistry.structure_smiles(mol, index) != smiles:
             continue
         near = [other for earlier, other in kept if energy - earlier < SAME_ENERGY]
         if all(AllChem.GetBestRMS(heavy, heavy, other, index) > SAME_SHAPE for other in near):
@@ -110,14 +110,6 @@ def conformers(smiles: str, seed: int = 0, embeddings: int = EMBEDDINGS) -> tupl
         return None
     places = np.stack([mol.GetConformer(index).GetPositions() for _, index in kept])
     return np.array([energy for energy, _ in kept]) - kept[0][0], places - places.mean(axis=1, keepdims=True)
-
-
-def structure_smiles(mol, conformer: int) -> str:
-    """The SMILES that a structure has, its stereo read from the coordinates."""
-    Chem = rdkit_chem()
-    seen = Chem.Mol(mol, confId=conformer)
-    Chem.AssignStereochemistryFrom3D(seen, conformer)
-    return Chem.MolToSmiles(Chem.RemoveHs(seen))
 
 
 def _work(flat_smiles: str) -> list[dict]:
