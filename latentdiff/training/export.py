@@ -1,7 +1,6 @@
 """What a finished run leaves: a Stable Diffusion folder or LoRA weights, with a model card, on the Hub if wanted."""
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from urllib.parse import unquote
@@ -27,7 +26,7 @@ from ..public import LatentDiffPipeline
 from ..utils.errors import RunStopped, is_out_of_room, reason
 from ..utils.files import move_into_place, read_json
 from ..utils.hub import push_folder
-from ..utils.weight_files import SAVING, remove_variants
+from ..utils.weight_files import SAVING, remove_pipeline, remove_variants
 from .card import repo_name, write_card
 from .checkpoint import list_checkpoints
 from .ema import EMA, PowerEMAs
@@ -129,7 +128,9 @@ def _save(
             move_into_place(Path(aside, LORA_WEIGHT_NAME_SAFE), folder / LORA_WEIGHT_NAME_SAFE)
         if objective_of(config).draws_in_few_steps:  # whose steps the adapters' model knows nothing of
             as_pipeline(parts, unet, scheduler).scheduler.save_pretrained(folder)
-        remove_whole_model(folder)
+        sources = (config.pretrained_model_name_or_path, config.consistency_teacher)
+        if not any(source and Path(source).resolve() == folder.resolve() for source in sources):
+            remove_pipeline(folder)  # of another run: it would be loaded, and pushed, with the adapters
         return
     for module in (parts.vae, parts.text_encoder, unet):
         module.to("cpu")
@@ -137,15 +138,6 @@ def _save(
     as_pipeline(parts, unet, scheduler).save_pretrained(folder)
     settle_configurations(folder)
     remove_what_another_run_left(folder)
-
-
-def remove_whole_model(folder: Path) -> None:
-    """One that another run left where adapters were saved is neither loaded nor pushed with them."""
-    index = folder / "model_index.json"
-    parts = read_json(index) if index.is_file() else {}
-    index.unlink(missing_ok=True)  # first: what is half removed is no model
-    for part in (name for name, value in parts.items() if isinstance(value, list)):
-        shutil.rmtree(folder / part, ignore_errors=True)
 
 
 def remove_what_another_run_left(folder: Path) -> None:

@@ -103,6 +103,16 @@ def remove_variants(folder: Path) -> None:
             path.unlink()
 
 
+def remove_pipeline(folder: Path) -> None:
+    """Remove a saved pipeline: its index, and those folders beside it that the index names as parts."""
+    index = folder / "model_index.json"
+    parts = _settings(index)
+    index.unlink(missing_ok=True)  # first: what is half removed is no pipeline
+    for path in folder.iterdir():  # rather than the index's names, which may lead anywhere
+        if path.is_dir() and isinstance(parts.get(path.name), list):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def write_earlier_names(folder: Path) -> None:
     """Have all releases of transformers 4 and 5 read what the present one saved in a model's or a tokenizer's folder.
 

@@ -1,6 +1,7 @@
 """An output folder is of one run and of one process: what `latest` means, what is refused, what is kept until when."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from latentdiff.config.presets import read_config
 from latentdiff.training.run_folder import LOCK, RUN
 from latentdiff.utils.errors import ConfigError
+from latentdiff.utils.weight_files import remove_pipeline
 
 SHORT = {"checkpointing_steps": 2, "validation_steps": 2, "validation_prompts": ("a cat",)}
 
@@ -126,3 +128,25 @@ def test_adapters_are_not_left_beside_another_model(train):
     train(**SHORT, max_train_steps=2, lora_rank=2)
     assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "checkpoint-2").is_dir()
     assert not [name for name in ("model_index.json", "unet", "vae", "text_encoder") if (folder / name).exists()]
+
+
+def test_adapters_do_not_cost_the_model_that_they_are_for(train, tiny_pipeline_folder, tmp_path):
+    """Who saves them beside it would lose it."""
+    model = shutil.copytree(tiny_pipeline_folder, tmp_path / "model")
+    before = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
+    train(**SHORT, max_train_steps=2, lora_rank=2, pretrained_model_name_or_path=str(model), output_dir=str(model))
+    assert (model / "pytorch_lora_weights.safetensors").is_file() and (model / "model_index.json").is_file()
+    assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("index", ['{"../kept": ["a", "B"], "unet": ["c", "D"]}', "[1", "[]", "{}"])
+def test_a_pipeline_is_removed_within_its_folder(tmp_path, index):
+    """The index may be a stranger's: no name in it leads out, and a damaged one ends nothing."""
+    (tmp_path / "kept").mkdir()
+    folder = tmp_path / "model"
+    for part in ("unet", "mine"):
+        (folder / part).mkdir(parents=True)
+    (folder / "model_index.json").write_text(index)
+    remove_pipeline(folder)
+    assert (tmp_path / "kept").is_dir() and (folder / "mine").is_dir()
+    assert not (folder / "model_index.json").exists() and (folder / "unet").exists() == ("unet" not in index)
